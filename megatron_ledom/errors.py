@@ -1,0 +1,63 @@
+"""The error classes of the project, and when to raise which.
+
+A message says three things: what was asked, what was found (with the name of the
+file, line, flag or tensor), and what to do. Command-line tools turn every
+`LedomError` into one line on standard error and exit status 2 (`run_cli`);
+anything else is a bug of ours and keeps its traceback. `assert` is for our own
+invariants only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class LedomError(Exception):
+    """Base of every error that a user can mend; never raised itself."""
+
+
+class UsageError(LedomError):
+    """A flag, or a combination of flags, that cannot work."""
+
+
+class InputError(LedomError):
+    """An input file or folder that is missing, empty, malformed or truncated."""
+
+
+class OutputExistsError(LedomError):
+    """The output is already there: nothing is overwritten unless asked for."""
+
+
+class DirectionError(LedomError):
+    """Data, weights or a request that run in different directions."""
+
+
+class TokenizerMismatchError(LedomError):
+    """Data and run, or data and weights, that were made with different tokenizers."""
+
+
+class CheckpointError(LedomError):
+    """A checkpoint that is missing, unfinished, damaged or of another kind."""
+
+
+class ParityError(LedomError):
+    """Two computations that must agree do not; the message carries the numbers."""
+
+
+def run_cli(main: Callable[[list[str]], int | None]) -> None:
+    """Run a tool's `main(argv)` and exit with its status.
+
+    A `LedomError` becomes `error: ...` on standard error and exit status 2;
+    Ctrl-C exits with 130, as a shell expects. Other exceptions propagate with
+    their traceback.
+    """
+    try:
+        status = main(sys.argv[1:])
+    except LedomError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+    raise SystemExit(status or 0)
