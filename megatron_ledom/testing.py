@@ -91,7 +91,7 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> 
 
 
 def tool_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment in which tests run tools: one thread, no dynamo, no hub, nothing inherited from torchrun."""
+    """Return the environment of a tool under test: one thread, no dynamo, no hub, nothing inherited from torchrun."""
     inherited = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"}}
     fixed = {
         "OMP_NUM_THREADS": "1",

@@ -13,7 +13,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 @pytest.fixture(scope="session")
 def tokenizer_folder() -> Path:
-    """A byte-level BPE tokenizer of 1,024 entries, trained on the Python language reference; end of document is id 0."""
+    """A byte-level BPE tokenizer of 1,024 entries, trained on the language reference; end of document is id 0."""
     folder = ASSETS / "tokenizer"
     assert END_OF_DOCUMENT in (folder / "tokenizer.json").read_text(encoding="utf-8")
     return folder
