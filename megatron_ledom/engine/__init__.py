@@ -1,0 +1,1 @@
+"""Everything that touches Megatron's insides: the CPU engine, our flags, the presets."""

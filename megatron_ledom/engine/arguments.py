@@ -1,0 +1,297 @@
+"""Our flags beside Megatron's, presets turned into Megatron's defaults, and checks across flags.
+
+The order of precedence, strongest first: a flag on the command line, what the device
+needs, what follows from `--run-dir`, the preset, Megatron's own default. Megatron's
+parser and validation stay in charge; this module only sets defaults on that parser and
+refuses, with a sentence, what Megatron would refuse with an assertion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.engine.device import Device
+from megatron_ledom.engine.presets import PRESETS, get_preset
+from megatron_ledom.errors import UsageError
+
+CPU_DEFAULTS: dict[str, Any] = {
+    # What the CPU engine needs: gloo, Megatron's local layers, none of the CUDA-only fused kernels.
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,  # also makes the initial weights the same at every TP
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "no_persist_layer_norm": True,
+}
+
+SUPERSEDED_BY: dict[str, tuple[str, ...]] = {
+    # Naming the key on the command line drops these preset defaults: Megatron wants one or the other.
+    "train_samples": ("train_iters",),
+    "lr_warmup_iters": ("lr_warmup_fraction",),
+    "lr_warmup_samples": ("lr_warmup_fraction",),
+    "train_data_path": ("split",),
+    "valid_data_path": ("split",),
+    "test_data_path": ("split",),
+    "per_split_data_args_path": ("split",),
+}
+
+
+def add_ledom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags that Megatron does not have."""
+    group = parser.add_argument_group("megatron_ledom")
+    presets = "; ".join(f"{p.name}: {p.summary}" for p in PRESETS.values())
+    group.add_argument(
+        "--preset", choices=[*PRESETS], help=f"a complete configuration that any flag overrides. {presets}"
+    )
+    group.add_argument(
+        "--direction",
+        choices=[str(d) for d in Direction],
+        default=str(Direction.REVERSE),
+        help="what is trained: a reverse model (default), or its forward twin. The data must run the same way",
+    )
+    group.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="cuda where torch sees one, else Megatron on the CPU with gloo (default: auto)",
+    )
+    group.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="RUN",
+        help="holds run.json, checkpoints/, tensorboard/ and tokenizer/; a run that has checkpoints there continues. "
+        "Sets --save, --load and --tensorboard-dir, each of which can still be given",
+    )
+    return parser
+
+
+def build_front_parser() -> argparse.ArgumentParser:
+    """Return the light parser: our flags alone, without importing Megatron."""
+    parser = argparse.ArgumentParser(
+        description="Train a LEDOM model with Megatron's pretrain(), on CUDA or on the CPU.",
+        epilog="Start it with torchrun --nproc-per-node N tools/pretrain.py ...; every flag of Megatron works beside "
+        "these (--help-megatron lists them).",
+        allow_abbrev=False,
+    )
+    add_ledom_arguments(parser)
+    parser.add_argument("--help-megatron", action="store_true", help="list Megatron's own flags as well, and exit")
+    return parser
+
+
+def named_on_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
+    """Return the `dest` of every flag of `parser` that stands in `argv`."""
+    options = {option: action.dest for action in parser._actions for option in action.option_strings}
+    return {options[word.split("=", 1)[0]] for word in argv if word.split("=", 1)[0] in options}
+
+
+def build_defaults(front: argparse.Namespace, device: Device, named: set[str]) -> dict[str, Any]:
+    """Collect what is set on Megatron's parser before it reads the command line.
+
+    Args:
+        front: our flags, parsed.
+        device: the resolved device.
+        named: the arguments that the command line names (they win by themselves, but
+            supersede some preset defaults).
+    """
+    defaults = dict(get_preset(front.preset).settings) if front.preset else {}
+    if "data_path" not in named and {"train_data_path", "mock_data"} & named:
+        defaults.pop("split", None)
+    for name in named:
+        for superseded in SUPERSEDED_BY.get(name, ()):
+            defaults.pop(superseded, None)
+    if front.run_dir is not None:
+        defaults["save"] = str(front.run_dir / "checkpoints")
+        defaults["tensorboard_dir"] = str(front.run_dir / "tensorboard")
+        if (front.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").is_file():
+            defaults["load"] = defaults["save"]
+    if device == "cpu":
+        defaults |= CPU_DEFAULTS
+    return defaults
+
+
+def parse_megatron_arguments(argv: Sequence[str], device: Device) -> argparse.Namespace:
+    """Parse and validate the whole command line with Megatron, and set Megatron's global arguments.
+
+    Args:
+        argv: the arguments without the program's name.
+        device: the resolved device; on "cpu" the engine must be installed already.
+
+    Returns:
+        Megatron's namespace with our flags in it: `direction` and `preset` as plain
+        strings, so that a checkpoint that stores the namespace holds no class of ours.
+
+    Raises:
+        UsageError: flags that do not fit together.
+        SystemExit: argparse's own refusals.
+    """
+    from megatron.training.arguments import parse_and_validate_args, parse_args
+
+    front, _ = build_front_parser().parse_known_args(argv)
+
+    def extra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        add_ledom_arguments(parser)
+        named = named_on_command_line(parser, argv)
+        defaults = build_defaults(front, device, named)
+        _add_negations(parser, defaults)
+        _check_names(parser, defaults)
+        parser.set_defaults(**defaults)
+        return parser
+
+    with _command_line(argv):
+        check_arguments(parse_args(extra_arguments), device)
+        try:
+            args = parse_and_validate_args(extra_arguments)
+        except AssertionError as error:
+            raise UsageError(f"Megatron refuses these arguments: {error or 'see the assertion above'}") from error
+    args.run_dir = None if args.run_dir is None else str(args.run_dir)
+    args.device = device
+    return args
+
+
+def print_megatron_help() -> None:
+    """Print the help of all flags, Megatron's and ours."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(prog="pretrain.py", allow_abbrev=False)
+    add_ledom_arguments(add_megatron_arguments(parser)).print_help()
+
+
+def check_arguments(args: argparse.Namespace, device: Device) -> None:
+    """Refuse what cannot run, before Megatron starts and in words.
+
+    Raises:
+        UsageError: naming the flags, what was found and what to do.
+    """
+    for check in (_check_required, _check_layout, _check_model_fits_layout, _check_batch, _check_interleaving):
+        check(args)
+    if device == "cpu":
+        _check_cpu(args)
+
+
+def _check_required(args: argparse.Namespace) -> None:
+    if args.run_dir is None:
+        raise UsageError("--run-dir RUN is missing: it says where configuration, logs and checkpoints go")
+    if args.preset is None and args.num_layers is None:
+        raise UsageError(f"no model: give --preset {'|'.join(PRESETS)} or Megatron's model flags (--num-layers ...)")
+    if not args.mock_data and args.tokenizer_type is None:
+        raise UsageError("--tokenizer-type is missing: name the one the data was made with (it is in its manifest)")
+
+
+def _check_layout(args: argparse.Namespace) -> None:
+    tensor, pipeline, context = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+    )
+    ranks = tensor * pipeline * context
+    if args.world_size % ranks:
+        raise UsageError(
+            f"{args.world_size} processes do not fit the layout: --tensor-model-parallel-size {tensor} x "
+            f"--pipeline-model-parallel-size {pipeline} x --context-parallel-size {context} = {ranks} ranks for one "
+            f"copy of the model. Start a multiple of {ranks} processes, or change the layout"
+        )
+
+
+def _check_model_fits_layout(args: argparse.Namespace) -> None:
+    tensor = args.tensor_model_parallel_size
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    for flag, value in (
+        ("--num-attention-heads", args.num_attention_heads),
+        ("--ffn-hidden-size", args.ffn_hidden_size),
+    ):
+        if value is not None and value % tensor:
+            raise UsageError(f"{flag} {value} is not divisible by --tensor-model-parallel-size {tensor}")
+    if groups % tensor and tensor % groups:
+        raise UsageError(
+            f"--num-query-groups {groups} and --tensor-model-parallel-size {tensor}: one must divide the other"
+        )
+    if args.sequence_parallel and args.seq_length is not None and args.seq_length % tensor:
+        raise UsageError(
+            f"--sequence-parallel cuts --seq-length {args.seq_length} into {tensor} parts, which are not whole"
+        )
+
+
+def _check_batch(args: argparse.Namespace) -> None:
+    if args.global_batch_size is None or args.micro_batch_size is None or args.rampup_batch_size is not None:
+        return
+    ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    data_parallel = args.world_size // ranks
+    if args.global_batch_size % (args.micro_batch_size * data_parallel):
+        raise UsageError(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size "
+            f"{args.micro_batch_size} x {data_parallel} data-parallel ranks"
+        )
+
+
+def _check_interleaving(args: argparse.Namespace) -> None:
+    per_stage = args.num_layers_per_virtual_pipeline_stage
+    if per_stage is None or args.num_layers is None:
+        return
+    pipeline = args.pipeline_model_parallel_size
+    if pipeline < 2:
+        raise UsageError("--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size 2 or more")
+    if (args.num_layers // pipeline) % per_stage:
+        raise UsageError(
+            f"--num-layers {args.num_layers} over {pipeline} stages cannot be cut into virtual stages of {per_stage}"
+        )
+
+
+def _check_cpu(args: argparse.Namespace) -> None:
+    unavailable = {
+        "--fp8-format": args.fp8 is not None,
+        "--transformer-impl transformer_engine": args.transformer_impl != "local",
+        "--context-parallel-size above 1": args.context_parallel_size > 1,
+        "--fp16": args.fp16,
+        "--distributed-backend other than gloo": args.distributed_backend != "gloo",
+    }
+    for flag, is_asked in unavailable.items():
+        if is_asked:
+            raise UsageError(f"{flag} is not available with the CPU engine: drop it, or run with --device cuda")
+
+
+def _check_names(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
+    known = {action.dest for action in parser._actions}
+    unknown = sorted(set(defaults) - known)
+    assert not unknown, f"this megatron-core has no arguments {unknown}: the preset or CPU table is for another version"
+
+
+def _add_negations(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
+    """Give every switch that a default has thrown a flag that throws it back.
+
+    `--swiglu`, on by a preset, gets `--no-swiglu`; `--disable-bias-linear`, whose
+    argument `add_bias_linear` is off by a preset, gets `--add-bias-linear`.
+    """
+    switches = {
+        action.dest: (action.option_strings[0], action.const)
+        for action in parser._actions
+        if action.nargs == 0 and isinstance(action.const, bool)
+    }
+    for dest, value in defaults.items():
+        flag, const = switches.get(dest, ("", None))
+        if not flag or value is not const:
+            continue
+        opposite = f"--no-{flag.removeprefix('--')}" if const else f"--{dest.replace('_', '-')}"
+        if opposite not in parser._option_string_actions:
+            action = "store_false" if const else "store_true"
+            parser.add_argument(opposite, dest=dest, action=action, help=f"undo {flag}, which is set by default here")
+
+
+@contextmanager
+def _command_line(argv: Sequence[str]) -> Iterator[None]:
+    """Show `argv` to Megatron, whose parser reads `sys.argv`."""
+    saved = sys.argv
+    sys.argv = [saved[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = saved

@@ -1,0 +1,267 @@
+"""Megatron without CUDA: the one place with patches.
+
+`install()` makes megatron-core's unchanged `pretrain()` run on the CPU with gloo;
+`restore()` puts every replaced object back. Nothing happens at import, and a run on a
+CUDA device never calls `install()`: the tests hold both.
+
+What is replaced, and why (measured with megatron-core 0.19.2, torch 2.13):
+
+    torch.cuda.*              device queries, streams, events, memory and RNG calls answer for the CPU
+    torch.zeros, torch.tensor, ...   `device="cuda"` is a literal in some sixty places of Megatron
+    Tensor.cuda, Module.cuda  the identity
+    Tensor.type               Megatron's optimizers accept parameters by the name 'torch.cuda.FloatTensor'
+    megatron RNG helpers      their device is a literal too
+    megatron Adam             see `cpu_adam`
+    compile_helpers           the wheel ships the compiled helper but no Makefile to check it with
+    initialize_megatron       called with allow_no_cuda=True, which `pretrain()` does not pass on
+
+It owns no training logic: what runs afterwards is Megatron's own code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+_MISSING = object()
+_replaced: list[tuple[Any, str, Any]] = []
+
+FACTORIES = (
+    *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye"),
+    *("rand", "randn", "randint", "zeros_like", "ones_like", "empty_like", "full_like"),
+)
+"""The functions of `torch` whose `device="cuda"` and `pin_memory=True` are redirected."""
+
+
+def is_installed() -> bool:
+    """Whether the patches are active in this process."""
+    return bool(_replaced)
+
+
+def prepare_environment() -> None:
+    """Set the environment variables of a CPU run, where the user has not: call before importing megatron.
+
+    Dynamo would compile Megatron's small fused functions with a C++ compiler at the
+    first step; eager mode starts half a minute earlier and needs none. Megatron asserts
+    CUDA_DEVICE_MAX_CONNECTIONS=1 for tensor parallelism.
+    """
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def install() -> None:
+    """Make Megatron run on the CPU in this process; a second call does nothing."""
+    if is_installed():
+        return
+    prepare_environment()
+    import torch._dynamo  # noqa: F401 - inspects torch functions, so it must see the originals
+    import megatron.core.optimizer  # noqa: F401 - likewise; isort: skip
+
+    _patch_torch_cuda()
+    _patch_factories()
+    _patch_tensor()
+    _patch_megatron()
+
+
+def restore() -> None:
+    """Put back everything that `install` replaced."""
+    while _replaced:
+        owner, name, original = _replaced.pop()
+        if original is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    original = vars(owner).get(name, _MISSING)
+    _replaced.append((owner, name, original))
+    setattr(owner, name, value)
+
+
+class _Stream:
+    """A CUDA stream on a machine without: work is done when it is issued."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> Any:
+        return event if event is not None else _Event()
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        pass
+
+
+class _Event:
+    """A CUDA event on a machine without; `elapsed_time` is the wall time between two records, in milliseconds."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._time_s = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        import time
+
+        self._time_s = time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1e3 * (end._time_s - self._time_s)
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+def _resident_bytes(*args: Any, **kwargs: Any) -> int:
+    """Resident memory of this process, where Megatron asks what CUDA has allocated."""
+    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - a pseudo-file, read on the hot path
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def _peak_resident_bytes(*args: Any, **kwargs: Any) -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _patch_torch_cuda() -> None:
+    import torch
+
+    cuda, cpu = torch.cuda, torch.device("cpu")
+    properties = SimpleNamespace(name="cpu", major=9, minor=0, total_memory=_total_memory_bytes())
+    properties.multi_processor_count = os.cpu_count() or 1
+    quiet = ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "set_stream", "manual_seed")
+    for name in (*quiet, "manual_seed_all", "init", "_lazy_init", "ipc_collect"):
+        _replace(cuda, name, _nothing)
+    answers: dict[str, Callable[..., Any]] = {
+        "current_device": lambda: cpu,  # accepted wherever Megatron passes a device on
+        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "get_device_name": lambda device=None: "cpu",
+        "get_device_capability": lambda device=None: (9, 0),
+        "get_device_properties": lambda device=None: properties,
+        "current_stream": lambda device=None: _Stream(),
+        "default_stream": lambda device=None: _Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "memory_allocated": _resident_bytes,
+        "memory_reserved": _resident_bytes,
+        "max_memory_allocated": _peak_resident_bytes,
+        "max_memory_reserved": _peak_resident_bytes,
+        "device_memory_used": _resident_bytes,
+        "memory_stats": lambda device=None: _memory_stats(),
+    }
+    for name, answer in answers.items():
+        _replace(cuda, name, answer)
+    for owner in (cuda, cuda.random):
+        _replace(owner, "get_rng_state", lambda device=None: torch.get_rng_state())
+        _replace(owner, "set_rng_state", lambda state, device=None: torch.set_rng_state(state))
+    _replace(cuda, "Stream", _Stream)
+    _replace(cuda, "Event", _Event)
+    _replace(cuda.nvtx, "range_push", _nothing)
+    _replace(cuda.nvtx, "range_pop", _nothing)
+
+
+def _total_memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _memory_stats() -> dict[str, int]:
+    """The keys that Megatron logs to TensorBoard, filled with this process's resident memory."""
+    now, peak = _resident_bytes(), _peak_resident_bytes()
+    stats = {f"{kind}_bytes.all.current": now for kind in ("reserved", "allocated", "active")}
+    stats |= {f"{kind}_bytes.all.peak": peak for kind in ("reserved", "allocated", "active")}
+    return stats | {"allocation.all.current": 0}
+
+
+def _is_cuda(device: Any) -> bool:
+    return getattr(device, "type", device if isinstance(device, str) else "").startswith("cuda")
+
+
+def _on_cpu[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """Wrap a factory function: `device="cuda"` becomes the CPU, pinned memory ordinary memory."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _patch_factories() -> None:
+    import torch
+
+    for name in FACTORIES:
+        _replace(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _patch_tensor() -> None:
+    import torch
+
+    original_to, original_type = torch.Tensor.to, torch.Tensor.type
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return original_to(self, *("cpu" if _is_cuda(a) else a for a in args), **kwargs)
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original_type(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    _replace(torch.Tensor, "to", to)
+    _replace(torch.Tensor, "type", type_)
+    _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    _replace(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
+    _replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
+
+
+def _patch_megatron() -> None:
+    import megatron.core.datasets.helpers_cpp  # noqa: F401 - compiled, in the wheel: fail here if it is not
+    import megatron.core.datasets.utils as dataset_utils
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+    import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.training.training as training
+    import torch
+
+    from megatron_ledom.engine.cpu_adam import CpuAdamW
+
+    _replace(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    _replace(megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    _replace(dataset_utils, "compile_helpers", _nothing)
+    _replace(optimizer, "Adam", CpuAdamW)
+    _replace(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    _replace(distrib_optimizer, "Adam", CpuAdamW)
+    _replace(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+    _replace(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
+    initialize = training.initialize_megatron
+    _replace(training, "initialize_megatron", functools.partial(initialize, allow_no_cuda=True))

@@ -1,0 +1,1 @@
+"""The network: Megatron's GPT model with our layer specification and loss."""

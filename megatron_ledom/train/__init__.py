@@ -1,0 +1,1 @@
+"""Training: the providers and the forward step that are handed to Megatron's `pretrain()`."""

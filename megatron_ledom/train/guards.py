@@ -1,0 +1,99 @@
+"""What must agree before a run starts: data, tokenizer, checkpoint and run.
+
+Direction and tokenizer are facts that datasets and checkpoints carry; this module
+reads them there and refuses a mixture with both facts named. It decides nothing about
+the training itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.direction import Direction, check_same_direction
+from megatron_ledom.errors import CheckpointError, TokenizerMismatchError
+
+
+def data_prefixes(args: argparse.Namespace) -> list[str]:
+    """Return the dataset prefixes that Megatron's data flags name, without their weights; [] with `--mock-data`."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    if args.mock_data:
+        return []
+    blend, per_split = get_blend_and_blend_per_split(args)
+    blends = [blend] if blend is not None else [b for b in (per_split or []) if b is not None]
+    return list(dict.fromkeys(prefix for prefixes, _weights in blends for prefix in prefixes))
+
+
+def check_run(args: argparse.Namespace) -> dict[str, Any]:
+    """Refuse data or a checkpoint that runs in another direction or was made with another tokenizer.
+
+    Sets `args.tokenizer_fingerprint`, which the checkpoints of the run then carry.
+
+    Returns:
+        What was read from the manifests, for the run's record: prefix -> manifest.
+
+    Raises:
+        InputError: a dataset is missing or damaged.
+        DirectionError, TokenizerMismatchError: with both facts.
+        CheckpointError: `--load` names a folder without a finished checkpoint.
+    """
+    direction = Direction.parse(args.direction, where="--direction")
+    prefixes = data_prefixes(args)
+    args.tokenizer_fingerprint = None
+    manifests: dict[str, Any] = {}
+    if prefixes:
+        from megatron_ledom.data.dataset import check_datasets
+        from megatron_ledom.data.tokenizers import load_tokenizer
+
+        tokenizer = load_tokenizer(
+            args.tokenizer_type, args.tokenizer_model, vocab_file=args.vocab_file, merge_file=args.merge_file
+        )
+        args.tokenizer_fingerprint = tokenizer.fingerprint
+        found = check_datasets(prefixes, direction=direction, tokenizer_fingerprint=tokenizer.fingerprint)
+        manifests = dict(zip(prefixes, found, strict=True))
+    for flag, path in _checkpoints_to_load(args):
+        check_checkpoint(flag, path, step=args.ckpt_step, direction=direction, fingerprint=args.tokenizer_fingerprint)
+    return manifests
+
+
+def _checkpoints_to_load(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+    if args.load is not None:
+        yield "--load", Path(args.load)
+    if args.pretrained_checkpoint is not None:
+        yield "--pretrained-checkpoint", Path(args.pretrained_checkpoint)
+
+
+def check_checkpoint(flag: str, path: Path, *, step: int | None, direction: Direction, fingerprint: str | None) -> None:
+    """Refuse to continue from a checkpoint of another direction or tokenizer.
+
+    Args:
+        flag: the flag that named it, for the message.
+        path: Megatron's checkpoint folder.
+        step: the iteration wanted, or None for the last one.
+        direction: the run's direction.
+        fingerprint: the run's tokenizer, or None where it has no data.
+
+    Raises:
+        CheckpointError: nothing finished is there, or the checkpoint does not say its direction.
+        DirectionError, TokenizerMismatchError: with both facts.
+    """
+    from megatron_ledom.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(path, step=step)
+    written = getattr(checkpoint.args, "direction", None)
+    if written is None:
+        raise CheckpointError(
+            f"{flag} {path}: the checkpoint does not say in which direction its model reads, "
+            "so it was not written by megatron_ledom; nothing can be said about continuing from it"
+        )
+    found = Direction.parse(written, where=f"{path}, argument 'direction'")
+    check_same_direction(direction, found, expected_by="this run (--direction)", found_in=f"the checkpoint {path}")
+    other = getattr(checkpoint.args, "tokenizer_fingerprint", None)
+    if fingerprint is not None and other is not None and fingerprint != other:
+        raise TokenizerMismatchError(
+            f"{flag} {path}: its weights were trained with tokenizer {other}, this run uses {fingerprint}. "
+            "Use the tokenizer of the checkpoint (its folder is copied to RUN/tokenizer)"
+        )

@@ -1,0 +1,154 @@
+"""The story of a training run: check, then hand three functions to Megatron's `pretrain()`.
+
+    arguments -> device -> engine -> guards -> record -> pretrain(datasets, model, step)
+
+There is no training loop here. Which way the text runs is in the data: reversed
+documents are ordinary sequences to the network, so the forward step below is that of
+any causal language model. Legend: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_ledom.engine.arguments import build_front_parser, parse_megatron_arguments, print_megatron_help
+from megatron_ledom.engine.device import resolve_device
+from megatron_ledom.log import get_logger
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train with the given command line; the entry of `tools/pretrain.py`.
+
+    Raises:
+        LedomError: arguments, data or a checkpoint that do not fit; nothing was started.
+    """
+    started = time.time()
+    front, _ = build_front_parser().parse_known_args(argv)
+    device = resolve_device(front.device)
+    if device == "cpu":
+        from megatron_ledom.engine import cpu
+
+        cpu.prepare_environment()
+        if front.help_megatron:
+            print_megatron_help()
+            return 0
+        cpu.install()
+    elif front.help_megatron:
+        print_megatron_help()
+        return 0
+    args = parse_megatron_arguments(argv, device)
+    run_pretraining(args, argv, started)
+    return 0
+
+
+def run_pretraining(args: argparse.Namespace, argv: Sequence[str], started: float) -> None:
+    """Check, record and train; `args` are Megatron's globals already."""
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+
+    from megatron_ledom.model.spec import build_layer_spec
+    from megatron_ledom.train.guards import check_run
+    from megatron_ledom.train.run_directory import record_launch
+
+    manifests = check_run(args)
+    if args.rank == 0:
+        record_launch(args, argv, manifests)
+        get_logger(__name__).info(
+            "%s model on %s: TP %d x PP %d x DP %d, run directory %s",
+            *(args.direction, args.device, args.tensor_model_parallel_size, args.pipeline_model_parallel_size),
+            *(args.data_parallel_size, args.run_dir),
+        )
+    model_config = gpt_config_from_args(args)
+    model_config.transformer_layer_spec = build_layer_spec
+    set_startup_timestamps(program_start=started, main_entry=time.time())
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        build_datasets_provider(),
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+    torch.distributed.destroy_process_group()
+
+
+def build_datasets_provider() -> Callable[..., tuple[Any, Any, Any]]:
+    """Return Megatron's dataset provider: (train, valid, test) sizes in samples -> three datasets.
+
+    Every rank opens the files itself (`is_distributed`): they are memory-mapped, so the
+    ranks of a node share the pages and no batch is broadcast over tensor-parallel ranks.
+    """
+
+    def provide(num_samples: Sequence[int | None], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+        from megatron.training import get_args
+
+        args = get_args()
+        dataset = MockGPTDataset if args.mock_data else GPTDataset
+        builder = BlendedMegatronDatasetBuilder(dataset, list(num_samples), lambda: True, build_dataset_config(args))
+        return tuple(builder.build())
+
+    provide.is_distributed = True  # type: ignore[attr-defined]
+    return provide
+
+
+def build_dataset_config(args: argparse.Namespace) -> Any:
+    """Turn Megatron's data flags into its `GPTDatasetConfig`."""
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+    from megatron.training import get_tokenizer
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+    )
+
+
+def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Take a micro-batch to the device: tokens, labels, position_ids int64 [B, S], loss_mask float [B, S]."""
+    batch = next(data_iterator)
+    return {key: batch[key].cuda(non_blocking=True) for key in BATCH_KEYS}
+
+
+def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Callable[[torch.Tensor], Any]]:
+    """Run one micro-batch through this pipeline stage.
+
+    Args:
+        data_iterator: of this data-parallel rank; middle stages do not read from it.
+        model: this stage's chunk of the network.
+
+    Returns:
+        The stage's output (losses [B, S] on the last stage, hidden states elsewhere)
+        and the function that turns the last one into (sum, count, report).
+    """
+    from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_args
+
+    from megatron_ledom.model.loss import build_loss_function
+
+    is_first = get_attr_wrapped_model(model, "pre_process")
+    is_last = get_attr_wrapped_model(model, "post_process")
+    batch: dict[str, Any] = next_batch(data_iterator) if is_first or is_last else dict.fromkeys(BATCH_KEYS)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    return output, build_loss_function(batch["loss_mask"], check_finite=get_args().check_for_nan_in_loss_and_grad)

@@ -1,0 +1,120 @@
+"""The run directory: what was launched, and the tokenizer that belongs to the weights.
+
+    RUN/run.json       one entry a launch: command line, layout, versions, data
+    RUN/checkpoints/   Megatron's --save
+    RUN/tensorboard/   Megatron's --tensorboard-dir
+    RUN/tokenizer/     a copy of the tokenizer's files, so that a run can be moved as one folder
+
+It owns run.json and tokenizer/; Megatron writes the other two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.errors import InputError
+
+FORMAT_VERSION = 1
+LAYOUT = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+    *("data_parallel_size", "context_parallel_size", "sequence_parallel", "use_distributed_optimizer"),
+)
+
+
+def record_launch(args: argparse.Namespace, argv: Sequence[str], manifests: dict[str, Any]) -> None:
+    """Add this launch to RUN/run.json and copy the tokenizer; call on one rank.
+
+    Args:
+        args: Megatron's namespace with ours in it.
+        argv: the command line without the program.
+        manifests: dataset prefix -> manifest, from the guards.
+
+    Raises:
+        InputError: RUN/run.json exists and cannot be read.
+    """
+    run = Path(args.run_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / "run.json"
+    record = read_run(run) if path.is_file() else {"format_version": FORMAT_VERSION, "launches": []}
+    record["launches"].append(_describe_launch(args, argv, manifests))
+    write_json(path, record)
+    if args.tokenizer_model is not None:
+        copy_tokenizer(Path(args.tokenizer_model), run / "tokenizer")
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """Read RUN/run.json.
+
+    Raises:
+        InputError: it is missing, not JSON, or of a later format.
+    """
+    path = run / "run.json"
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{run} is not a run directory: it has no run.json") from None
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}:{error.lineno}: not JSON ({error.msg}); remove it to start the record anew"
+        ) from error
+    if record.get("format_version", 0) > FORMAT_VERSION:
+        raise InputError(f"{path} has format {record['format_version']}, this version reads up to {FORMAT_VERSION}")
+    return record
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON under a temporary name beside `path`, then rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's file, or the files of its folder, to `target`; an existing copy is left alone."""
+    if target.exists() or not source.exists():
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    if source.is_dir():
+        shutil.copytree(source, temporary, ignore=_ignore_weights)
+    else:
+        temporary.mkdir(parents=True)
+        shutil.copy2(source, temporary / source.name)
+    temporary.rename(target)
+
+
+def _ignore_weights(folder: str, names: list[str]) -> list[str]:
+    """Leave out what is not a tokenizer's: a tokenizer is often named by its model's folder."""
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+    return [n for n in names if n.endswith(weights) or (Path(folder) / n).is_dir()]
+
+
+def _describe_launch(args: argparse.Namespace, argv: Sequence[str], manifests: dict[str, Any]) -> dict[str, Any]:
+    packages = ("megatron-ledom", "megatron-core", "torch", "transformers", "tokenizers")
+    return {
+        "started_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command_line": [str(a) for a in argv],
+        "preset": args.preset,
+        "direction": args.direction,
+        "device": args.device,
+        "world_size": args.world_size,
+        "layout": {name: getattr(args, name, None) for name in LAYOUT},
+        "load": args.load,
+        "tokenizer": {
+            "type": args.tokenizer_type,
+            "model": args.tokenizer_model,
+            "fingerprint": args.tokenizer_fingerprint,
+        },
+        "data": {prefix: str(manifest.direction) for prefix, manifest in manifests.items()},
+        "megatron_arguments": {k: v for k, v in sorted(vars(args).items()) if not k.startswith("_")},
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "host": platform.node(),
+    }
