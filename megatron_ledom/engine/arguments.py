@@ -24,7 +24,7 @@ CPU_DEFAULTS: dict[str, Any] = {
     # What the CPU engine needs: gloo, Megatron's local layers, none of the CUDA-only fused kernels.
     "distributed_backend": "gloo",
     "transformer_impl": "local",
-    "use_cpu_initialization": True,  # also makes the initial weights the same at every TP
+    "use_cpu_initialization": True,
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,
     "bias_gelu_fusion": False,

@@ -49,7 +49,7 @@ class CpuAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """Take one step; `closure` is not supported, as in Apex."""
         assert closure is None, "CpuAdamW takes no closure"
         for group in self.param_groups:

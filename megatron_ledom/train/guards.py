@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.direction import Direction, check_same_direction
-from megatron_ledom.errors import CheckpointError, TokenizerMismatchError
+from megatron_ledom.errors import CheckpointError, TokenizerMismatchError, UsageError
 
 
 def data_prefixes(args: argparse.Namespace) -> list[str]:
@@ -55,7 +55,11 @@ def check_run(args: argparse.Namespace) -> dict[str, Any]:
         found = check_datasets(prefixes, direction=direction, tokenizer_fingerprint=tokenizer.fingerprint)
         manifests = dict(zip(prefixes, found, strict=True))
     for flag, path in _checkpoints_to_load(args):
-        check_checkpoint(flag, path, step=args.ckpt_step, direction=direction, fingerprint=args.tokenizer_fingerprint)
+        written = check_checkpoint(
+            flag, path, step=args.ckpt_step, direction=direction, fingerprint=args.tokenizer_fingerprint
+        )
+        if flag == "--load":
+            check_schedule(args, written)
     return manifests
 
 
@@ -66,7 +70,9 @@ def _checkpoints_to_load(args: argparse.Namespace) -> Iterator[tuple[str, Path]]
         yield "--pretrained-checkpoint", Path(args.pretrained_checkpoint)
 
 
-def check_checkpoint(flag: str, path: Path, *, step: int | None, direction: Direction, fingerprint: str | None) -> None:
+def check_checkpoint(
+    flag: str, path: Path, *, step: int | None, direction: Direction, fingerprint: str | None
+) -> argparse.Namespace:
     """Refuse to continue from a checkpoint of another direction or tokenizer.
 
     Args:
@@ -75,6 +81,9 @@ def check_checkpoint(flag: str, path: Path, *, step: int | None, direction: Dire
         step: the iteration wanted, or None for the last one.
         direction: the run's direction.
         fingerprint: the run's tokenizer, or None where it has no data.
+
+    Returns:
+        The arguments that the checkpoint carries.
 
     Raises:
         CheckpointError: nothing finished is there, or the checkpoint does not say its direction.
@@ -97,3 +106,43 @@ def check_checkpoint(flag: str, path: Path, *, step: int | None, direction: Dire
             f"{flag} {path}: its weights were trained with tokenizer {other}, this run uses {fingerprint}. "
             "Use the tokenizer of the checkpoint (its folder is copied to RUN/tokenizer)"
         )
+    return checkpoint.args
+
+
+def check_schedule(args: argparse.Namespace, written: argparse.Namespace) -> None:
+    """Refuse to continue under another learning-rate schedule without being told which one counts.
+
+    Megatron asserts this too, after the model is built and without naming a flag.
+
+    Raises:
+        UsageError: naming what differs, and the flags that decide.
+    """
+    is_decided = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    if args.finetune or args.no_load_optim or is_decided:
+        return
+    before, now = _schedule(written), _schedule(args)
+    differing = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
+    if differing:
+        raise UsageError(
+            f"--load {args.load}: its schedule is another one ({'; '.join(differing)}). Give the same flags as before "
+            "(to stop a run early and go on later, use --exit-interval), or decide with "
+            "--override-opt-param-scheduler (the new schedule) or --use-checkpoint-opt-param-scheduler (the old one)"
+        )
+
+
+def _schedule(args: argparse.Namespace) -> dict[str, Any]:
+    """The schedule that Megatron's `get_optimizer_param_scheduler` builds from `args`, lengths in samples."""
+    batch = args.global_batch_size
+    by_samples = bool(args.train_samples)
+    length = args.train_samples if by_samples else (args.train_iters or 0) * batch
+    decay = args.lr_decay_samples if by_samples else (args.lr_decay_iters or 0) * batch
+    warmup = args.lr_warmup_samples if by_samples else args.lr_warmup_iters * batch
+    return {
+        "--lr": args.lr,
+        "--min-lr": args.min_lr,
+        "--lr-decay-style": args.lr_decay_style,
+        "decay length in samples": decay or length,
+        "warm-up": warmup if args.lr_warmup_fraction is None else f"{args.lr_warmup_fraction:g} of the decay",
+        "length of the run in samples": length,
+        "weight decay": (args.start_weight_decay, args.end_weight_decay, args.weight_decay_incr_style),
+    }

@@ -21,6 +21,7 @@ from megatron_ledom.log import get_logger
 if TYPE_CHECKING:
     import torch
 
+ForwardStep = Callable[[Any, Any], tuple[Any, Callable[..., Any]]]
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -75,7 +76,7 @@ def run_pretraining(args: argparse.Namespace, argv: Sequence[str], started: floa
         pretrain_cfg_container_from_args(args, model_config),
         build_datasets_provider(),
         ModelType.encoder_or_decoder,
-        forward_step,
+        build_forward_step(),
     )
     torch.distributed.destroy_process_group()
 
@@ -131,24 +132,36 @@ def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, to
     return {key: batch[key].cuda(non_blocking=True) for key in BATCH_KEYS}
 
 
-def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Callable[[torch.Tensor], Any]]:
-    """Run one micro-batch through this pipeline stage.
-
-    Args:
-        data_iterator: of this data-parallel rank; middle stages do not read from it.
-        model: this stage's chunk of the network.
-
-    Returns:
-        The stage's output (losses [B, S] on the last stage, hidden states elsewhere)
-        and the function that turns the last one into (sum, count, report).
-    """
+def build_forward_step() -> ForwardStep:
+    """Return Megatron's forward step for this run: it keeps the clock that tells the time left."""
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args
 
     from megatron_ledom.model.loss import build_loss_function
+    from megatron_ledom.train.metrics import TimeLeft
 
-    is_first = get_attr_wrapped_model(model, "pre_process")
-    is_last = get_attr_wrapped_model(model, "post_process")
-    batch: dict[str, Any] = next_batch(data_iterator) if is_first or is_last else dict.fromkeys(BATCH_KEYS)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
-    return output, build_loss_function(batch["loss_mask"], check_finite=get_args().check_for_nan_in_loss_and_grad)
+    args = get_args()
+    time_left = TimeLeft()
+
+    def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Callable[[torch.Tensor], Any]]:
+        """Run one micro-batch through this pipeline stage.
+
+        Args:
+            data_iterator: of this data-parallel rank; middle stages do not read from it.
+            model: this stage's chunk of the network.
+
+        Returns:
+            The stage's output (losses [B, S] on the last stage, hidden states elsewhere)
+            and the function that turns the last one into (sum, count, report).
+        """
+        if model.training and args.train_iters:
+            time_left.update(args.curr_iteration, args.train_iters)
+        is_first = get_attr_wrapped_model(model, "pre_process")
+        is_last = get_attr_wrapped_model(model, "post_process")
+        batch: dict[str, Any] = next_batch(data_iterator) if is_first or is_last else dict.fromkeys(BATCH_KEYS)
+        output = model(
+            batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
+        )
+        return output, build_loss_function(batch["loss_mask"], check_finite=args.check_for_nan_in_loss_and_grad)
+
+    return forward_step

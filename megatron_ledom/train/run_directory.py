@@ -44,7 +44,8 @@ def record_launch(args: argparse.Namespace, argv: Sequence[str], manifests: dict
     run = Path(args.run_dir)
     run.mkdir(parents=True, exist_ok=True)
     path = run / "run.json"
-    record = read_run(run) if path.is_file() else {"format_version": FORMAT_VERSION, "launches": []}
+    new: dict[str, Any] = {"format_version": FORMAT_VERSION, "launches": []}
+    record = read_run(run) if path.is_file() else new
     record["launches"].append(_describe_launch(args, argv, manifests))
     write_json(path, record)
     if args.tokenizer_model is not None:

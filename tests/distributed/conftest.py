@@ -1,0 +1,46 @@
+"""Real data, a small real configuration and real gloo ranks, for the tests that start several processes."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from small_run import SMALL, Pretrain
+
+from megatron_ledom.testing import run_distributed, run_tool
+
+
+@pytest.fixture(scope="session")
+def data_prefixes(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path) -> dict[str, Path]:
+    """The corpus as reversed and as forward binaries: direction -> prefix as `--data-path` wants it."""
+    folder = tmp_path_factory.mktemp("data")
+    prefixes = {}
+    for direction in ("reverse", "forward"):
+        done = run_tool(
+            "preprocess_data.py",
+            *("--input", corpus, "--output-prefix", folder / direction, "--direction", direction),
+            *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder, "--append-eod"),
+        )
+        assert done.returncode == 0, done.stderr
+        prefixes[direction] = folder / f"{direction}_text_document"
+    return prefixes
+
+
+@pytest.fixture(scope="session")
+def data_arguments(data_prefixes: dict[str, Path], tokenizer_folder: Path) -> list[object]:
+    """The data and tokenizer flags of a reverse run."""
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder]
+    return ["--data-path", data_prefixes["reverse"], *tokenizer]
+
+
+@pytest.fixture(scope="session")
+def pretrain(data_arguments: list[object]) -> Pretrain:
+    """Run tools/pretrain.py under torchrun on the small configuration and check that it succeeded."""
+
+    def run(run_dir: Path, num_processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+        done = run_distributed("pretrain.py", num_processes, *SMALL, *data_arguments, "--run-dir", run_dir, *arguments)
+        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        return done
+
+    return run
