@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,43 +119,65 @@ def build_defaults(front: argparse.Namespace, device: Device, named: set[str]) -
     return defaults
 
 
-def parse_megatron_arguments(argv: Sequence[str], device: Device) -> argparse.Namespace:
-    """Parse and validate the whole command line with Megatron, and set Megatron's global arguments.
+def parse_arguments(argv: Sequence[str], device: Device) -> argparse.Namespace:
+    """Parse the whole command line with Megatron's parser and check it; nothing is created yet.
 
     Args:
         argv: the arguments without the program's name.
         device: the resolved device; on "cpu" the engine must be installed already.
 
     Returns:
-        Megatron's namespace with our flags in it: `direction` and `preset` as plain
-        strings, so that a checkpoint that stores the namespace holds no class of ours.
+        Megatron's namespace before its own validation, with our flags in it.
 
     Raises:
         UsageError: flags that do not fit together.
         SystemExit: argparse's own refusals.
     """
-    from megatron.training.arguments import parse_and_validate_args, parse_args
+    from megatron.training.arguments import parse_args
 
+    with _command_line(argv):
+        args: argparse.Namespace = parse_args(_extra_arguments(argv, device))
+    check_arguments(args, device)
+    return args
+
+
+def set_megatron_arguments(argv: Sequence[str], device: Device) -> argparse.Namespace:
+    """Parse again, let Megatron validate, and make the result Megatron's global arguments.
+
+    This creates Megatron's tokenizer and TensorBoard writer. Our own values are left in
+    the namespace as plain strings, so that a checkpoint, which stores it, holds no class
+    of ours.
+
+    Raises:
+        UsageError: Megatron's validation refuses; with its words.
+    """
+    from megatron.training.arguments import parse_and_validate_args
+
+    with _command_line(argv):
+        try:
+            args: argparse.Namespace = parse_and_validate_args(_extra_arguments(argv, device))
+        except AssertionError as error:
+            raise UsageError(f"Megatron refuses these arguments: {error or 'see the assertion above'}") from error
+    args.run_dir = str(args.run_dir)
+    args.device = device
+    return args
+
+
+def _extra_arguments(
+    argv: Sequence[str], device: Device
+) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
+    """Megatron's hook for more arguments: add ours and set the defaults of preset, run directory and device."""
     front, _ = build_front_parser().parse_known_args(argv)
 
-    def extra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         add_ledom_arguments(parser)
-        named = named_on_command_line(parser, argv)
-        defaults = build_defaults(front, device, named)
+        defaults = build_defaults(front, device, named_on_command_line(parser, argv))
         _add_negations(parser, defaults)
         _check_names(parser, defaults)
         parser.set_defaults(**defaults)
         return parser
 
-    with _command_line(argv):
-        check_arguments(parse_args(extra_arguments), device)
-        try:
-            args = parse_and_validate_args(extra_arguments)
-        except AssertionError as error:
-            raise UsageError(f"Megatron refuses these arguments: {error or 'see the assertion above'}") from error
-    args.run_dir = None if args.run_dir is None else str(args.run_dir)
-    args.device = device
-    return args
+    return extend
 
 
 def print_megatron_help() -> None:
@@ -163,7 +185,13 @@ def print_megatron_help() -> None:
     from megatron.training.arguments import add_megatron_arguments
 
     parser = argparse.ArgumentParser(prog="pretrain.py", allow_abbrev=False)
-    add_ledom_arguments(add_megatron_arguments(parser)).print_help()
+    add_ledom_arguments(add_megatron_arguments(parser))
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % vars(action)
+        except (ValueError, TypeError, KeyError):  # megatron-core 0.19.2 has bare percent signs in its help
+            action.help = (action.help or "").replace("%", "%%")
+    parser.print_help()
 
 
 def check_arguments(args: argparse.Namespace, device: Device) -> None:

@@ -33,7 +33,7 @@ class RMSNorm(torch.nn.RMSNorm):
         assert config.normalization == "RMSNorm", f"built for RMSNorm, asked for {config.normalization}"
         assert not config.layernorm_zero_centered_gamma, "zero-centred gamma needs Transformer Engine"
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
 def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:

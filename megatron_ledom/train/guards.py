@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ledom.checkpoint import Checkpoint
+from megatron_ledom.data.dataset import check_datasets
+from megatron_ledom.data.manifest import Manifest
+from megatron_ledom.data.tokenizers import load_tokenizer
 from megatron_ledom.direction import Direction, check_same_direction
 from megatron_ledom.errors import CheckpointError, TokenizerMismatchError, UsageError
 
@@ -27,13 +32,26 @@ def data_prefixes(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(prefix for prefixes, _weights in blends for prefix in prefixes))
 
 
-def check_run(args: argparse.Namespace) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RunFacts:
+    """What the data and checkpoints of a run say of themselves.
+
+    Attributes:
+        tokenizer_fingerprint: of the run's tokenizer; None without data.
+        manifests: dataset prefix -> manifest.
+        resumed: the arguments in the checkpoint that `--load` names, or None.
+    """
+
+    tokenizer_fingerprint: str | None
+    manifests: dict[str, Manifest]
+    resumed: argparse.Namespace | None
+
+
+def check_run(args: argparse.Namespace) -> RunFacts:
     """Refuse data or a checkpoint that runs in another direction or was made with another tokenizer.
 
-    Sets `args.tokenizer_fingerprint`, which the checkpoints of the run then carry.
-
-    Returns:
-        What was read from the manifests, for the run's record: prefix -> manifest.
+    Args:
+        args: the parsed command line; Megatron need not have validated it.
 
     Raises:
         InputError: a dataset is missing or damaged.
@@ -42,25 +60,19 @@ def check_run(args: argparse.Namespace) -> dict[str, Any]:
     """
     direction = Direction.parse(args.direction, where="--direction")
     prefixes = data_prefixes(args)
-    args.tokenizer_fingerprint = None
-    manifests: dict[str, Any] = {}
+    fingerprint, manifests = None, {}
     if prefixes:
-        from megatron_ledom.data.dataset import check_datasets
-        from megatron_ledom.data.tokenizers import load_tokenizer
-
         tokenizer = load_tokenizer(
             args.tokenizer_type, args.tokenizer_model, vocab_file=args.vocab_file, merge_file=args.merge_file
         )
-        args.tokenizer_fingerprint = tokenizer.fingerprint
-        found = check_datasets(prefixes, direction=direction, tokenizer_fingerprint=tokenizer.fingerprint)
+        fingerprint = tokenizer.fingerprint
+        found = check_datasets(prefixes, direction=direction, tokenizer_fingerprint=fingerprint)
         manifests = dict(zip(prefixes, found, strict=True))
-    for flag, path in _checkpoints_to_load(args):
-        written = check_checkpoint(
-            flag, path, step=args.ckpt_step, direction=direction, fingerprint=args.tokenizer_fingerprint
-        )
-        if flag == "--load":
-            check_schedule(args, written)
-    return manifests
+    written = {
+        flag: check_checkpoint(flag, path, step=args.ckpt_step, direction=direction, fingerprint=fingerprint)
+        for flag, path in _checkpoints_to_load(args)
+    }
+    return RunFacts(fingerprint, manifests, resumed=written.get("--load"))
 
 
 def _checkpoints_to_load(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
@@ -89,8 +101,6 @@ def check_checkpoint(
         CheckpointError: nothing finished is there, or the checkpoint does not say its direction.
         DirectionError, TokenizerMismatchError: with both facts.
     """
-    from megatron_ledom.checkpoint import Checkpoint
-
     checkpoint = Checkpoint.open(path, step=step)
     written = getattr(checkpoint.args, "direction", None)
     if written is None:

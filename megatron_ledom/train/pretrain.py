@@ -14,9 +14,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_ledom.engine.arguments import build_front_parser, parse_megatron_arguments, print_megatron_help
+from megatron_ledom.engine import cpu
+from megatron_ledom.engine.arguments import (
+    build_front_parser,
+    parse_arguments,
+    print_megatron_help,
+    set_megatron_arguments,
+)
 from megatron_ledom.engine.device import resolve_device
 from megatron_ledom.log import get_logger
+from megatron_ledom.train.guards import check_run, check_schedule
+from megatron_ledom.train.run_directory import record_launch
 
 if TYPE_CHECKING:
     import torch
@@ -35,40 +43,37 @@ def main(argv: Sequence[str]) -> int:
     front, _ = build_front_parser().parse_known_args(argv)
     device = resolve_device(front.device)
     if device == "cpu":
-        from megatron_ledom.engine import cpu
-
         cpu.prepare_environment()
-        if front.help_megatron:
-            print_megatron_help()
-            return 0
-        cpu.install()
-    elif front.help_megatron:
+    if front.help_megatron:
         print_megatron_help()
         return 0
-    args = parse_megatron_arguments(argv, device)
-    run_pretraining(args, argv, started)
+    if device == "cpu":
+        cpu.install()
+    facts = check_run(parse_arguments(argv, device))  # before anything is created
+    args = set_megatron_arguments(argv, device)
+    if facts.resumed is not None:
+        check_schedule(args, facts.resumed)
+    args.tokenizer_fingerprint = facts.tokenizer_fingerprint  # goes into every checkpoint, as `direction` does
+    if args.rank == 0:
+        record_launch(args, argv, facts.manifests)
+    run_pretraining(args, started)
     return 0
 
 
-def run_pretraining(args: argparse.Namespace, argv: Sequence[str], started: float) -> None:
-    """Check, record and train; `args` are Megatron's globals already."""
+def run_pretraining(args: argparse.Namespace, started: float) -> None:
+    """Hand datasets, model and forward step to Megatron; `args` are its globals already."""
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     from megatron_ledom.model.spec import build_layer_spec
-    from megatron_ledom.train.guards import check_run
-    from megatron_ledom.train.run_directory import record_launch
 
-    manifests = check_run(args)
-    if args.rank == 0:
-        record_launch(args, argv, manifests)
-        get_logger(__name__).info(
-            "%s model on %s: TP %d x PP %d x DP %d, run directory %s",
-            *(args.direction, args.device, args.tensor_model_parallel_size, args.pipeline_model_parallel_size),
-            *(args.data_parallel_size, args.run_dir),
-        )
+    get_logger(__name__).info(
+        "%s model on %s: TP %d x PP %d x DP %d, run directory %s",
+        *(args.direction, args.device, args.tensor_model_parallel_size, args.pipeline_model_parallel_size),
+        *(args.data_parallel_size, args.run_dir),
+    )
     model_config = gpt_config_from_args(args)
     model_config.transformer_layer_spec = build_layer_spec
     set_startup_timestamps(program_start=started, main_entry=time.time())

@@ -1,0 +1,112 @@
+"""tools/pretrain.py refuses what does not fit before anything starts, and keeps Megatron's flags."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ledom.testing import run_tool, tool_environment, train_bpe_tokenizer
+
+# One process for all refusals: importing Megatron takes longer than all of them together.
+DRIVER = """
+import contextlib, io, json, sys
+from megatron_ledom.errors import LedomError
+from megatron_ledom.train import pretrain
+from megatron.training import global_vars
+
+answers = {}
+for name, argv in json.loads(sys.stdin.read()).items():
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            pretrain.main(argv)
+            answers[name] = ["nothing", ""]
+        except LedomError as error:
+            answers[name] = [type(error).__name__, str(error)]
+    global_vars.destroy_global_vars()
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def prefixes(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    for direction in ("reverse", "forward"):
+        done = run_tool(
+            "preprocess_data.py",
+            *("--input", corpus, "--output-prefix", folder / direction, "--direction", direction),
+            *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder, "--append-eod"),
+        )
+        assert done.returncode == 0, done.stderr
+    return {direction: folder / f"{direction}_text_document" for direction in ("reverse", "forward")}
+
+
+@pytest.fixture(scope="module")
+def refusals(
+    tmp_path_factory: pytest.TempPathFactory, prefixes: dict[str, Path], tokenizer_folder: Path
+) -> dict[str, tuple[str, str]]:
+    folder = tmp_path_factory.mktemp("refusals")
+    other_tokenizer = train_bpe_tokenizer(["the cat sat on the mat " * 50], 300, folder / "other")
+    (folder / "empty").mkdir()
+    base = ["--preset", "tiny", "--device", "cpu", "--run-dir", folder / "run", "--train-iters", 2]
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model"]
+    good = [*base, *tokenizer, tokenizer_folder]
+    reverse = ["--data-path", prefixes["reverse"]]
+    cases = {
+        "forward data": [*good, "--data-path", prefixes["forward"]],
+        "reverse data": [*good, *reverse, "--direction", "forward"],
+        "wrong tokenizer": [*base, *tokenizer, other_tokenizer, *reverse],
+        "missing data": [*good, "--data-path", folder / "nowhere_text_document"],
+        "world size": [*good, *reverse, "--tensor-model-parallel-size", 2],
+        "no finished checkpoint": [*good, *reverse, "--load", folder / "empty"],
+        "Megatron's own refusal": [*good, *reverse, "--hidden-size", 130],
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps({name: [str(word) for word in argv] for name, argv in cases.items()}),
+        capture_output=True,
+        text=True,
+        env=tool_environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (folder / "run").exists(), "a refused run leaves nothing behind"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+EXPECTED = {
+    "forward data": ("DirectionError", ["reverse model", "is forward", "--direction"]),
+    "reverse data": ("DirectionError", ["forward model", "is reverse", "--direction"]),
+    "wrong tokenizer": ("TokenizerMismatchError", ["sha256:", "another"]),
+    "missing data": ("InputError", ["nowhere_text_document"]),
+    "world size": ("UsageError", ["1 processes do not fit", "--tensor-model-parallel-size 2"]),
+    "no finished checkpoint": ("CheckpointError", ["empty"]),
+    "Megatron's own refusal": ("UsageError", ["Megatron refuses these arguments"]),
+}
+
+
+@pytest.mark.parametrize("case", EXPECTED)
+def test_refused_with_both_facts(case: str, refusals: dict[str, tuple[str, str]]) -> None:
+    kind, words = EXPECTED[case]
+    found, message = refusals[case]
+    assert found == kind, message
+    for word in words:
+        assert word in message
+
+
+def test_a_refusal_is_one_line_and_status_2() -> None:
+    done = run_tool("pretrain.py", "--preset", "tiny", "--device", "cpu")
+    assert done.returncode == 2
+    assert "error: --run-dir RUN is missing" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_our_flags_and_megatrons_on_request() -> None:
+    ours = run_tool("pretrain.py", "--help")
+    assert ours.returncode == 0 and "--preset {tiny,2b,7b}" in ours.stdout
+    assert "--micro-batch-size" not in ours.stdout
+    everything = run_tool("pretrain.py", "--help-megatron", "--device", "cpu")
+    assert everything.returncode == 0 and "--micro-batch-size" in everything.stdout and "--preset" in everything.stdout

@@ -1,0 +1,142 @@
+"""The CPU engine: patches only when asked, all of them taken back, and none on a CUDA run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ledom.engine.cpu_adam import CpuAdamW
+from megatron_ledom.engine.device import resolve_device
+from megatron_ledom.errors import UsageError
+from megatron_ledom.testing import tool_environment
+
+SNAPSHOT = """
+import importlib, pkgutil
+import torch, torch._dynamo
+import megatron.core, megatron.training.training
+import megatron.core.datasets.utils, megatron.core.tensor_parallel.random
+import megatron.core.optimizer.distrib_optimizer
+import megatron_ledom
+
+WATCHED = [torch, torch.cuda, torch.cuda.random, torch.cuda.nvtx, torch.Tensor, torch.nn.Module,
+           megatron.core.optimizer, megatron.core.optimizer.distrib_optimizer, megatron.training.training,
+           megatron.core.datasets.utils, megatron.core.tensor_parallel.random]
+
+def snapshot():
+    # modules that are imported lazily show up as new attributes of their package: they are no patches
+    return [{k: id(v) for k, v in vars(o).items() if type(v).__name__ != "module" and k != "_is_in_bad_fork"}
+            for o in WATCHED]
+
+def changed(before, after):
+    return sorted({f"{getattr(o, '__name__', o)}.{k}" for o, b, a in zip(WATCHED, before, after)
+                   for k in b.keys() | a.keys() if b.get(k) != a.get(k)})
+"""
+
+
+def run_script(script: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", SNAPSHOT + script], capture_output=True, text=True, env=tool_environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_importing_patches_nothing_and_restore_takes_everything_back() -> None:
+    out = run_script("""
+before = snapshot()
+for module in pkgutil.walk_packages(megatron_ledom.__path__, "megatron_ledom."):
+    importlib.import_module(module.name)
+assert changed(before, snapshot()) == [], changed(before, snapshot())
+
+from megatron_ledom.engine import cpu
+cpu.install()
+patched = changed(before, snapshot())
+assert cpu.is_installed() and len(patched) > 50, patched
+again = snapshot()
+cpu.install()
+assert changed(again, snapshot()) == [], "a second install must do nothing"
+assert torch.zeros(2, device="cuda").device.type == "cpu"
+cpu.restore()
+assert not cpu.is_installed()
+assert changed(before, snapshot()) == [], changed(before, snapshot())
+print(len(patched), "patched and taken back")
+""")
+    assert "patched and taken back" in out
+
+
+def test_a_cuda_run_is_not_patched(tmp_path: Path) -> None:
+    # torch is told that there is a GPU; the run then goes as far as it can without one.
+    out = run_script(f"""
+before = snapshot()
+original = torch.cuda.is_available
+torch.cuda.is_available = lambda: True
+from megatron_ledom.engine import cpu
+from megatron_ledom.train import pretrain
+argv = ["--preset", "tiny", "--run-dir", {str(tmp_path)!r}, "--mock-data", "--tokenizer-type", "NullTokenizer",
+        "--vocab-size", "500", "--transformer-impl", "local", "--no-persist-layer-norm",
+        "--no-gradient-accumulation-fusion"]
+import sys; sys.argv = ["pretrain.py"]
+try:
+    pretrain.main(argv)
+except Exception as error:
+    print("stopped by", type(error).__name__, str(error)[:200])
+torch.cuda.is_available = original
+assert not cpu.is_installed()
+assert changed(before, snapshot()) == [], changed(before, snapshot())
+from megatron.training import get_args
+print("backend", get_args().distributed_backend, "device", get_args().device)
+""")
+    assert "stopped by" in out, "without a GPU it cannot have trained"
+    assert "backend nccl device cuda" in out
+
+
+def test_cuda_asked_for_without_a_gpu_is_refused() -> None:
+    if torch.cuda.is_available():
+        assert resolve_device("cuda") == "cuda"
+        return
+    assert resolve_device("auto") == "cpu"
+    with pytest.raises(UsageError, match=r"--device cuda.*--device cpu"):
+        resolve_device("cuda")
+
+
+def train_steps(optimizer_class: type, steps: int, **settings: object) -> tuple[torch.Tensor, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(7, 5))
+    optimizer = optimizer_class([weight], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, **settings)
+    for _ in range(steps):
+        weight.grad = torch.randn(7, 5)
+        optimizer.step()
+    return weight.detach(), optimizer
+
+
+def test_cpu_adamw_is_torch_adamw() -> None:
+    ours, optimizer = train_steps(CpuAdamW, 10)
+    theirs, _ = train_steps(torch.optim.AdamW, 10)
+    assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+    assert optimizer.param_groups[0]["step"] == 10, "one step count, in the group, where Megatron looks for it"
+
+
+def test_cpu_adamw_continues_from_its_state() -> None:
+    whole, _ = train_steps(CpuAdamW, 6)
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(7, 5))
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    optimizer = CpuAdamW([weight], **settings)
+    for step in range(6):
+        if step == 3:
+            state = optimizer.state_dict()
+            optimizer = CpuAdamW([weight], **settings)
+            optimizer.load_state_dict(state)
+        weight.grad = torch.randn(7, 5)
+        optimizer.step()
+    assert torch.equal(weight, whole)
+
+
+@pytest.mark.parametrize("setting", [{"adam_w_mode": False}, {"capturable": True}])
+def test_cpu_adamw_refuses_what_it_cannot_do(setting: dict[str, bool]) -> None:
+    with pytest.raises(ValueError, match="the CPU engine has"):
+        CpuAdamW([torch.nn.Parameter(torch.zeros(1))], **setting)
