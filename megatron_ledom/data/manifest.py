@@ -1,0 +1,174 @@
+"""What a dataset is: the record beside a `.bin`/`.idx` pair.
+
+`PREFIX.manifest.json` states the direction, the tokenizer, counts, sizes and hashes, and is
+the only place where the direction of a dataset is written. It is written last: a
+dataset with a manifest is whole. The fields are listed in docs/data_format.md. This module
+owns reading and writing them; `data/dataset.py` compares them with a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from megatron_ledom.data.files import HashedFile, WrittenFile
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import InputError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer that made the ids; `type` and `model` say where it came from, `fingerprint` what it is."""
+
+    type: str
+    model: str
+    fingerprint: str
+    vocab_size: int
+    eod_id: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the dataset holds.
+
+    Attributes:
+        documents: documents in the index.
+        tokens: ids in the `.bin` file, end-of-document ids included.
+        text_bytes: UTF-8 bytes of the documents' text.
+        empty_documents: records whose text gave no token; they are not in the files.
+        eod_in_text: end-of-document ids that came from the text itself.
+    """
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    empty_documents: int
+    eod_in_text: int
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """An input file: resolved path, size on disk, documents of it that are in the dataset."""
+
+    path: str
+    bytes: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of one dataset."""
+
+    direction: Direction
+    append_eod: bool
+    tokenizer: TokenizerRecord
+    counts: Counts
+    dtype: str
+    files: dict[str, WrittenFile]
+    sources: list[SourceRecord]
+    json_key: str
+    created_utc: str
+    megatron_ledom_version: str
+    reverse_unit: str = "token"
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def eod_id(self) -> int | None:
+        """The id that closes every document, or None where none was appended."""
+        return self.tokenizer.eod_id if self.append_eod else None
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    """Return where the manifest of the dataset `PREFIX.bin` lies."""
+    return Path(f"{prefix}.manifest.json")
+
+
+def dump_manifest(manifest: Manifest) -> str:
+    """Return the manifest as JSON text."""
+    fields = {"format_version": manifest.format_version} | dataclasses.asdict(manifest)
+    return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+
+
+def stage_manifest(manifest: Manifest, prefix: str | Path) -> HashedFile:
+    """Write the manifest under its temporary name; `publish` of what is returned puts it beside its dataset.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    file = HashedFile(manifest_path(prefix))
+    try:
+        file.write(dump_manifest(manifest).encode("utf-8"))
+        file.close()
+    except BaseException:
+        file.discard()
+        raise
+    return file
+
+
+def save_manifest(manifest: Manifest, prefix: str | Path) -> Path:
+    """Write the manifest beside its dataset, atomically, and return its path."""
+    stage_manifest(manifest, prefix).publish()
+    return manifest_path(prefix)
+
+
+def load_manifest(prefix: str | Path) -> Manifest:
+    """Read the manifest of the dataset `prefix`.
+
+    Raises:
+        InputError: it is missing, not JSON, of a later format, or a field is missing or of another type.
+        DirectionError: its direction is an unknown word.
+    """
+    path = manifest_path(prefix)
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} does not exist, so nobody knows in which direction {prefix} runs. "
+            "Make the dataset with tools/preprocess_data.py"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}; make the dataset anew") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("format_version"), int):
+        raise InputError(f"{path} is no manifest of a dataset: it has no format_version")
+    if fields["format_version"] > FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format {fields['format_version']}, this version reads up to {FORMAT_VERSION}; "
+            "use the megatron_ledom that wrote it, or a later one"
+        )
+    if isinstance(fields.get("direction"), str):
+        fields["direction"] = Direction.parse(fields["direction"], where=f"{path}, field 'direction'")
+    manifest: Manifest = _build(Manifest, fields, str(path), "")
+    if manifest.reverse_unit != "token" or set(manifest.files) != {"bin", "idx"}:
+        raise InputError(
+            f"{path}: reverse_unit {manifest.reverse_unit!r} and files {sorted(manifest.files)} found, "
+            "this version knows 'token' and ['bin', 'idx']"
+        )
+    return manifest
+
+
+def _build(kind: Any, value: Any, path: str, field: str) -> Any:
+    """Turn parsed JSON into `kind` (a dataclass, list, dict or plain type), or say which field is wrong."""
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        missing = [f"{field}{name}" for name in hints if name not in value]
+        if missing:
+            raise InputError(f"{path} lacks {', '.join(missing)}; make the dataset anew")
+        return cast("type", kind)(
+            **{name: _build(hint, value[name], path, f"{field}{name}.") for name, hint in hints.items()}
+        )
+    if origin is list and isinstance(value, list):
+        (item,) = typing.get_args(kind)
+        return [_build(item, v, path, f"{field}{i}.") for i, v in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        _, item = typing.get_args(kind)
+        return {k: _build(item, v, path, f"{field}{k}.") for k, v in value.items()}
+    if type(value) is kind:
+        return value
+    raise InputError(f"{path}: field {field.rstrip('.')} is {value!r}, which is of the wrong type")

@@ -1,0 +1,168 @@
+"""tools/preprocess_data.py as a user runs it: token level truth on 1,000 real documents, and every refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_ledom.data.dataset import check_datasets
+from megatron_ledom.data.tokenizers import load_tokenizer
+from megatron_ledom.direction import Direction, natural_document, stored_document
+from megatron_ledom.testing import REPOSITORY, code_documents, run_tool, tool_environment, write_jsonl
+
+NUM_DOCUMENTS = 1000
+
+
+def flags(tokenizer_folder: Path, path: Path, prefix: Path, *more: object) -> list[object]:
+    return [
+        *("--input", path, "--output-prefix", prefix),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder),
+        *more,
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    texts: list[str]
+    reverse: str
+    forward: str
+    output: str
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Made:
+    """1,000 source files of the standard library, preprocessed in both directions."""
+    folder = tmp_path_factory.mktemp("preprocessed")
+    texts = code_documents(NUM_DOCUMENTS)
+    path = write_jsonl(folder / "code.jsonl", texts)
+    for direction in Direction:
+        more = () if direction is Direction.REVERSE else ("--direction", "forward")  # reverse is the default
+        prefix = folder / str(direction)
+        done = run_tool(
+            "preprocess_data.py", *flags(tokenizer_folder, path, prefix, "--append-eod", "--workers", 2, *more)
+        )
+        assert done.returncode == 0, done.stderr
+    return Made(texts, f"{folder}/reverse_text_document", f"{folder}/forward_text_document", done.stdout)
+
+
+def test_megatrons_reader_returns_ids_that_decode_to_the_very_text(made: Made, tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder)
+    dataset = IndexedDataset(made.reverse)
+    assert len(dataset) == NUM_DOCUMENTS
+    assert dataset.document_indices.tolist() == list(range(NUM_DOCUMENTS + 1))
+    for i, text in enumerate(made.texts):
+        assert tokenizer.decode(natural_document(dataset[i], Direction.REVERSE, tokenizer.eod_id)) == text
+
+
+def test_reverse_ids_are_the_tokenizers_own_flipped_and_closed(made: Made, tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder)
+    forward, reverse = IndexedDataset(made.forward), IndexedDataset(made.reverse)
+    for i in range(NUM_DOCUMENTS):
+        natural = natural_document(forward[i], Direction.FORWARD, tokenizer.eod_id)
+        assert np.array_equal(reverse[i], stored_document(natural, Direction.REVERSE, tokenizer.eod_id))
+        if i % 10 == 0:
+            assert np.array_equal(natural, tokenizer.encode(made.texts[i]))
+
+
+def test_both_files_pass_the_guard_of_their_direction(made: Made, tokenizer_folder: Path) -> None:
+    fingerprint = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder).fingerprint
+    for direction, prefix in ((Direction.REVERSE, made.reverse), (Direction.FORWARD, made.forward)):
+        (manifest,) = check_datasets([prefix], direction=direction, tokenizer_fingerprint=fingerprint)
+        assert manifest.counts.documents == NUM_DOCUMENTS
+        assert manifest.counts.text_bytes == sum(len(t.encode()) for t in made.texts)
+
+
+def test_the_summary_says_what_was_made(made: Made) -> None:
+    assert f"{made.reverse}.bin .idx .manifest.json" in made.output
+    for words in ("1,000 documents", "tokens of uint16, reverse, closed by id 0", "tokens/s", "bytes a token"):
+        assert words in made.output
+
+
+def test_gzip_and_several_files_and_keys(tokenizer_folder: Path, tmp_path: Path) -> None:
+    import gzip
+
+    (tmp_path / "a.jsonl").write_text('{"q": "one", "a": "1"}\n', encoding="utf-8")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"q": "two", "a": "2"}\n'))
+    more = (tmp_path / "b.jsonl.gz", "--json-keys", "q", "a")
+    prefix = tmp_path / "new" / "qa"
+    arguments = flags(tokenizer_folder, tmp_path / "a.jsonl", prefix)
+    done = run_tool("preprocess_data.py", *arguments[:2], *more, *arguments[2:])
+    assert done.returncode == 0, done.stderr
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder)
+    dataset = IndexedDataset(f"{prefix}_q_document")
+    assert [tokenizer.decode(natural_document(dataset[i], Direction.REVERSE, None)) for i in (0, 1)] == ["one", "two"]
+    assert Path(f"{prefix}_a_document.manifest.json").is_file()
+
+
+def test_every_refusal_is_one_line_with_status_two(tokenizer_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": "cut off\n', encoding="utf-8")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "taken_text_document.bin").touch()
+    out = tmp_path / "out"
+    for arguments, message in [
+        (
+            flags(tokenizer_folder, tmp_path / "nowhere.jsonl", out),
+            f"input file {tmp_path}/nowhere.jsonl: No such file",
+        ),
+        (flags(tokenizer_folder, bad, out), f"{bad}:2: bad JSON at column"),
+        (flags(tokenizer_folder, corpus, out, "--json-keys", "body"), ":1: no key 'body' (keys found: 'text')"),
+        (flags(tokenizer_folder, tmp_path / "empty.jsonl", out), "the corpus is empty"),
+        (flags(tokenizer_folder, corpus, tmp_path / "taken"), "taken_text_document.bin exists; choose another"),
+        (flags(tmp_path / "no_tokenizer", corpus, out), "no_tokenizer is not a folder"),
+        (flags(tokenizer_folder, corpus, out, "--tokenizer-type", "TikTokenizer"), "TikTokenizer is not supported"),
+    ]:
+        done = run_tool("preprocess_data.py", *arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+        assert message in done.stderr
+        assert done.stdout == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "empty.jsonl", "taken_text_document.bin"]
+
+
+def test_help_names_megatrons_flags() -> None:
+    done = run_tool("preprocess_data.py", "--help")
+    assert done.returncode == 0
+    for flag in ("--input", "--json-keys", "--tokenizer-type", "--tokenizer-model", "--output-prefix", "--append-eod"):
+        assert flag in done.stdout
+    assert run_tool("preprocess_data.py", "--direction", "sideways").returncode == 2
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_after_kill_9_no_worker_stays_and_the_same_command_succeeds(tokenizer_folder: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "code.jsonl", code_documents(200))
+    arguments = flags(tokenizer_folder, path, tmp_path / "out", "--workers", 2)
+    command = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), *map(str, arguments)]
+    process = subprocess.Popen(command, env=tool_environment(), stderr=subprocess.DEVNULL)
+    while len(workers := children_of(process.pid)) < 3:  # two, and multiprocessing's resource tracker
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline, workers
+        time.sleep(0.05)
+    assert {p.name for p in tmp_path.glob("out*")} <= {"out_text_document.bin.partial", "out_text_document.idx.partial"}
+    done = run_tool("preprocess_data.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("*.partial")) == []
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,100 @@
+"""The .bin/.idx writer against Megatron's own builder and reader, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+from megatron_ledom.data import indexed
+from megatron_ledom.data.files import HashedFile
+from megatron_ledom.data.indexed import DTYPE_CODES, DatasetWriter, optimal_dtype, read_index_header
+from megatron_ledom.errors import InputError, OutputExistsError, UsageError
+
+
+def random_documents(count: int, dtype: np.dtype) -> list[np.ndarray]:
+    rng = np.random.default_rng(7)
+    high = min(int(np.iinfo(dtype).max), 120_000)
+    return [rng.integers(0, high, size=rng.integers(1, 60)).astype(dtype) for _ in range(count)]
+
+
+def write(prefix: Path, documents: list[np.ndarray], dtype: np.dtype, batch: int) -> dict[str, str]:
+    with DatasetWriter(prefix, dtype) as writer:
+        for start in range(0, len(documents), batch):
+            part = documents[start : start + batch]
+            writer.add(np.concatenate(part), np.array([len(d) for d in part], dtype=np.int32))
+        assert writer.num_documents == len(documents)
+        assert writer.num_tokens == sum(map(len, documents))
+        hashes = {suffix: file.sha256 for suffix, file in writer.finish().items()}
+        writer.publish()
+    return hashes
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.uint16), np.dtype(np.int32)])
+@pytest.mark.parametrize("block", [1 << 20, 7])
+def test_the_bytes_are_those_of_megatrons_builder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: np.dtype, block: int
+) -> None:
+    monkeypatch.setattr(indexed, "_BLOCK", block)  # index written in many pieces
+    documents = random_documents(100, dtype)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype.type)
+    for document in documents:
+        builder.add_document(torch.from_numpy(document.astype(np.int64)), [len(document)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    hashes = write(tmp_path / "ours", documents, dtype, batch=9)
+    for suffix in ("bin", "idx"):
+        content = (tmp_path / f"ours.{suffix}").read_bytes()
+        assert content == (tmp_path / f"theirs.{suffix}").read_bytes()
+        assert hashes[suffix] == hashlib.sha256(content).hexdigest()
+    dataset = IndexedDataset(str(tmp_path / "ours"))
+    assert all(np.array_equal(dataset[i], documents[i]) for i in range(100))
+    header = read_index_header(tmp_path / "ours.idx")
+    assert (header.dtype, header.num_sequences, header.num_boundaries) == (dtype.name, 100, 101)
+
+
+def test_dtypes_and_their_codes_are_megatrons() -> None:
+    assert {d.name: d.value for d in DType} == DTYPE_CODES
+    for vocab_size in (1, 65_499, 65_500, 65_536, 151_669):
+        assert optimal_dtype(vocab_size) == DType.optimal_dtype(vocab_size)
+
+
+def test_a_file_that_is_no_index_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.idx"
+    for content, message in [
+        (b"MMIDIDX\x00\x00", "truncated: 9 bytes"),
+        (b"x" * 40, "no Megatron index"),
+        (b"MMIDIDX\x00\x00" + bytes(40), "index version 0 and dtype code 0"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_index_header(path)
+
+
+def test_nothing_is_left_when_a_writer_is_abandoned(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="midway"), DatasetWriter(tmp_path / "a", np.dtype(np.int32)) as writer:
+        writer.add(np.array([1, 2], dtype=np.int32), np.array([2], dtype=np.int32))
+        assert {p.name for p in tmp_path.iterdir()} == {"a.bin.partial", "a.idx.partial"}
+        raise RuntimeError("midway")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_cannot_write_one_output_and_what_a_dead_run_left_is_reused(tmp_path: Path) -> None:
+    (tmp_path / "a.bin.partial").write_bytes(b"left by a killed run")
+    with HashedFile(tmp_path / "a.bin") as first:
+        first.write(b"new")
+        with pytest.raises(OutputExistsError, match="another process is writing"):
+            HashedFile(tmp_path / "a.bin")
+        assert first.close().bytes == 3
+        first.publish()
+    assert (tmp_path / "a.bin").read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"cannot write .*file/a.bin .*choose another --output-prefix"):
+        HashedFile(tmp_path / "file" / "a.bin")

@@ -1,0 +1,225 @@
+"""The pipeline: same bytes for any number of workers, what is counted, and what is left after a failure."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_ledom.data import sources
+from megatron_ledom.data.manifest import load_manifest
+from megatron_ledom.data.preprocess import PreprocessConfig, preprocess
+from megatron_ledom.data.tokenizers import load_tokenizer
+from megatron_ledom.direction import Direction, flip
+from megatron_ledom.errors import InputError, OutputExistsError, UsageError
+from megatron_ledom.testing import END_OF_DOCUMENT, code_documents, english_documents, write_jsonl
+
+SUFFIXES = (".bin", ".idx", ".manifest.json")
+
+
+@pytest.fixture
+def config(tmp_path: Path, tokenizer_folder: Path, corpus: Path) -> PreprocessConfig:
+    return PreprocessConfig(
+        inputs=[corpus],
+        output_prefix=str(tmp_path / "out" / "a"),
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=str(tokenizer_folder),
+        append_eod=True,
+    )
+
+
+def outputs(config: PreprocessConfig) -> dict[str, bytes]:
+    folder = Path(config.output_prefix).parent
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())} if folder.exists() else {}
+
+
+def test_workers_do_not_change_the_bytes(config: PreprocessConfig, tmp_path: Path) -> None:
+    texts = code_documents(120)  # a few chunks
+    inputs = [write_jsonl(tmp_path / "a.jsonl", texts[:70]), write_jsonl(tmp_path / "b.jsonl", texts[70:])]
+    config = dataclasses.replace(config, inputs=inputs)
+    (one,) = preprocess(config)
+    alone = outputs(config)
+    (two,) = preprocess(dataclasses.replace(config, workers=2, overwrite=True))
+    together = outputs(config)
+    assert list(alone) == [f"a_text_document{s}" for s in SUFFIXES]
+    assert {k: v for k, v in alone.items() if "manifest" not in k} == {
+        k: v for k, v in together.items() if "manifest" not in k
+    }
+    assert dataclasses.replace(two, created_utc=one.created_utc) == one
+    assert [(Path(s.path).name, s.documents) for s in one.sources] == [("a.jsonl", 70), ("b.jsonl", 50)]
+
+
+def test_the_manifest_states_what_the_files_hold(config: PreprocessConfig) -> None:
+    (manifest,) = preprocess(config)
+    files = outputs(config)
+    for suffix, file in manifest.files.items():
+        content = files[f"a_text_document.{suffix}"]
+        assert (file.bytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    dataset = IndexedDataset(config.prefixes[0])
+    texts = english_documents()
+    assert manifest.counts.documents == len(dataset) == len(texts)
+    assert manifest.counts.tokens == int(dataset.sequence_lengths.sum())
+    assert manifest.counts.text_bytes == sum(len(t.encode()) for t in texts)
+    assert manifest == load_manifest(config.prefixes[0])
+
+
+def test_the_chunk_size_does_not_change_the_bytes(config: PreprocessConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    preprocess(config)
+    whole = outputs(config)
+    monkeypatch.setattr(sources.read_chunks, "__kwdefaults__", {"chunk_bytes": 3000})
+    preprocess(dataclasses.replace(config, overwrite=True))
+    assert outputs(config)["a_text_document.bin"] == whole["a_text_document.bin"]
+    assert outputs(config)["a_text_document.idx"] == whole["a_text_document.idx"]
+
+
+def test_without_end_of_document_ids_and_forward(config: PreprocessConfig, tokenizer_folder: Path) -> None:
+    preprocess(dataclasses.replace(config, append_eod=False, direction=Direction.FORWARD))
+    preprocess(dataclasses.replace(config, append_eod=False, output_prefix=config.output_prefix + "r"))
+    forward, reverse = IndexedDataset(config.prefixes[0]), IndexedDataset(f"{config.output_prefix}r_text_document")
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder)
+    for i, text in enumerate(english_documents()[:20]):
+        assert np.array_equal(forward[i], tokenizer.encode(text))
+        assert np.array_equal(reverse[i], flip(tokenizer.encode(text)))
+
+
+def test_empty_documents_are_left_out_and_counted_and_ends_inside_texts_too(
+    config: PreprocessConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["", "one", "", f"two{END_OF_DOCUMENT}three{END_OF_DOCUMENT}"])
+    logger = logging.getLogger("megatron_ledom.data.preprocess")
+    logger.addHandler(caplog.handler)
+    try:
+        (manifest,) = preprocess(dataclasses.replace(config, inputs=[path]))
+    finally:
+        logger.removeHandler(caplog.handler)
+    counts = manifest.counts
+    assert (counts.documents, counts.empty_documents, counts.eod_in_text) == (2, 2, 2)
+    assert manifest.sources[0].documents == 2
+    assert "holds the end-of-document token 2 times" in caplog.text
+
+
+def test_every_key_becomes_a_dataset(config: PreprocessConfig, tmp_path: Path) -> None:
+    path = tmp_path / "qa.jsonl"
+    path.write_text('{"q": "why", "a": "because"}\n{"q": "when", "a": ""}\n', encoding="utf-8")
+    question, answer = preprocess(dataclasses.replace(config, inputs=[path], json_keys=("q", "a")))
+    assert (question.json_key, question.counts.documents) == ("q", 2)
+    assert (answer.json_key, answer.counts.documents, answer.counts.empty_documents) == ("a", 1, 1)
+    assert list(outputs(config)) == sorted(f"a_{key}_document{s}" for key in "qa" for s in SUFFIXES)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_line_leaves_nothing(config: PreprocessConfig, tmp_path: Path, workers: int) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", code_documents(60))
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"text": 7}\n')
+    with pytest.raises(InputError, match=r"a.jsonl:61: the value of 'text' must be a string"):
+        preprocess(dataclasses.replace(config, inputs=[path], workers=workers))
+    assert outputs(config) == {}
+
+
+def test_a_failed_run_leaves_the_former_output_alone(config: PreprocessConfig, tmp_path: Path) -> None:
+    preprocess(config)
+    before = outputs(config)
+    with pytest.raises(OutputExistsError, match=r"a_text_document.bin exists; .*--overwrite"):
+        preprocess(config)
+    (tmp_path / "bad.jsonl").write_text("{\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"bad.jsonl:1: bad JSON"):
+        preprocess(dataclasses.replace(config, inputs=[tmp_path / "bad.jsonl"], overwrite=True))
+    assert outputs(config) == before
+
+
+@pytest.mark.parametrize("texts", [[], ["", ""]])
+def test_a_corpus_without_text_is_refused(config: PreprocessConfig, tmp_path: Path, texts: list[str]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    path.write_text(path.read_text() + "\n \n")
+    with pytest.raises(InputError, match="corpus is empty: no text under the key 'text'"):
+        preprocess(dataclasses.replace(config, inputs=[path]))
+    assert outputs(config) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": 0}, "--workers must be at least 1"),
+        ({"json_keys": ("a", "a")}, "--json-keys must name different keys"),
+        ({"output_prefix": "out/"}, "is a folder; add the beginning of a file name"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(config: PreprocessConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        preprocess(dataclasses.replace(config, **changes))
+
+
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """Make the operating system refuse bytes beyond the limit in any file, as a full disk does."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize(("limit", "refused"), [(50_000, "bin"), (400, "idx"), (700, "manifest.json")])
+def test_a_disk_that_is_full_leaves_nothing_and_says_so(
+    config: PreprocessConfig, tmp_path: Path, limit: int, refused: str
+) -> None:
+    texts = {"bin": english_documents(), "idx": ["a"] * 60, "manifest.json": ["a"] * 10}[refused]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    with (
+        file_size_limit(limit),
+        pytest.raises(UsageError, match=rf"cannot write .*a_text_document.{refused} .*Make room"),
+    ):
+        preprocess(dataclasses.replace(config, inputs=[path]))
+    assert outputs(config) == {}
+
+
+def test_a_worker_that_is_killed_is_reported_and_leaves_nothing(config: PreprocessConfig, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", code_documents(300))
+
+    def kill_first_worker() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.01)
+        assert workers[0].pid is not None
+        os.kill(workers[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_first_worker)
+    killer.start()
+    with pytest.raises(InputError, match=r"a worker process died while .* nothing was written. Try fewer --workers"):
+        preprocess(dataclasses.replace(config, inputs=[path], workers=2))
+    killer.join()
+    assert outputs(config) == {}
+    assert multiprocessing.active_children() == []
+
+
+def test_bytes_are_those_of_megatrons_tool_for_the_same_text(config: PreprocessConfig, tmp_path: Path) -> None:
+    """Forward, Megatron's loop over its own tokenizer and builder gives the same two files."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    from transformers import AutoTokenizer
+
+    preprocess(dataclasses.replace(config, direction=Direction.FORWARD))
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_model)
+    builder = IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=DType.optimal_dtype(len(tokenizer)))
+    for line in config.inputs[0].read_text(encoding="utf-8").splitlines():
+        ids = [*tokenizer(json.loads(line)["text"]).input_ids, tokenizer.eos_token_id]
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(str(tmp_path / "m.idx"))
+    for suffix in ("bin", "idx"):
+        ours = Path(f"{config.prefixes[0]}.{suffix}").read_bytes()
+        assert ours == (tmp_path / f"m.{suffix}").read_bytes()

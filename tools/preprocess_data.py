@@ -1,0 +1,96 @@
+"""JSONL text to Megatron's .bin/.idx datasets, ids reversed (or not), with a manifest that says so."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import run_cli
+
+if TYPE_CHECKING:
+    from megatron_ledom.data.manifest import Manifest
+
+EXAMPLE = """example:
+  python tools/preprocess_data.py --input corpus.jsonl --tokenizer-type HuggingFaceTokenizer \\
+      --tokenizer-model tokenizer/ --output-prefix data/corpus --append-eod --workers 8
+writes data/corpus_text_document.bin, .idx and .manifest.json; train on them with
+  --data-path data/corpus_text_document
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; flags that Megatron's own tool has are called and mean the same."""
+    parser = argparse.ArgumentParser(
+        prog="preprocess_data.py",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    text = parser.add_argument_group("input")
+    text.add_argument(
+        "--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSONL files, plain or .gz, in order"
+    )
+    text.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="fields to extract, a dataset each (text)"
+    )
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument("--tokenizer-type", required=True, help="HuggingFaceTokenizer, Llama2Tokenizer, ...")
+    tokenizer.add_argument("--tokenizer-model", help="folder with tokenizer.json, or a SentencePiece .model file")
+    tokenizer.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
+    tokenizer.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.*")
+    output.add_argument(
+        "--direction",
+        choices=[str(d) for d in Direction],
+        default=str(Direction.REVERSE),
+        help="order of the ids in the files (reverse)",
+    )
+    output.add_argument(
+        "--append-eod", action="store_true", help="close every stored document with the end-of-document id"
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace datasets of the same name")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (one for each usable core)"
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Preprocess, then print what was written."""
+    args = build_parser().parse_args(argv)
+    from megatron_ledom.data.preprocess import PreprocessConfig, preprocess
+
+    fields = vars(args) | {"inputs": args.input, "direction": Direction(args.direction)}
+    del fields["input"]
+    config = PreprocessConfig(**fields)
+    start = time.monotonic()
+    manifests = preprocess(config)
+    elapsed_s = time.monotonic() - start
+    for prefix, manifest in zip(config.prefixes, manifests, strict=True):
+        print(summary(prefix, manifest, elapsed_s))
+    return 0
+
+
+def summary(prefix: str, manifest: Manifest, elapsed_s: float) -> str:
+    """Return what was written in a few lines."""
+    counts, tokenizer = manifest.counts, manifest.tokenizer
+    size_mb = sum(f.bytes for f in manifest.files.values()) / 1e6
+    end = f"closed by id {tokenizer.eod_id}" if manifest.append_eod else "without end-of-document id"
+    return (
+        f"{prefix}.bin .idx .manifest.json: {size_mb:,.1f} MB\n"
+        f"  {counts.documents:,} documents, {counts.tokens:,} tokens of {manifest.dtype}, {manifest.direction}, {end}\n"
+        f"  {counts.text_bytes / 1e6:,.1f} MB of text, {counts.text_bytes / counts.tokens:.2f} bytes a token, "
+        f"{counts.empty_documents} empty documents left out\n"
+        f"  {tokenizer.type}, vocabulary {tokenizer.vocab_size:,}, {tokenizer.fingerprint[:23]}\n"
+        f"  {elapsed_s:.1f} s, {counts.tokens / elapsed_s:,.0f} tokens/s, "
+        f"{counts.text_bytes / 1e6 / elapsed_s:.1f} MB/s"
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)
