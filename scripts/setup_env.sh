@@ -52,12 +52,7 @@ install() {
 
 check_imports() {
   say "checking that what was installed can be imported"
-  PYTHONWARNINGS=ignore "$venv/bin/python" - <<'PY'
-import importlib
-
-for name in ("torch", "transformers", "megatron.core.datasets.helpers_cpp", "megatron.training", "pytest", "megatron_ledom"):
-    importlib.import_module(name)
-PY
+  PYTHONWARNINGS=ignore "$venv/bin/python" scripts/check_imports.py
 }
 
 # One set-up at a time in a checkout: `make quickstart` and `make test` may be started together.

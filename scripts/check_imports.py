@@ -1,0 +1,12 @@
+"""Import what the project cannot do without; exit status 1 and the reason if something is missing or damaged."""
+
+import importlib
+
+MODULES = (
+    *("torch", "transformers", "tokenizers", "safetensors.torch", "sentencepiece", "nltk", "tensorboard", "matplotlib"),
+    *("megatron.core.datasets.helpers_cpp", "megatron.training", "megatron_ledom", "pytest", "hypothesis"),
+)
+
+if __name__ == "__main__":
+    for name in MODULES:
+        importlib.import_module(name)
