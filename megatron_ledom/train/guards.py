@@ -16,7 +16,7 @@ from typing import Any
 from megatron_ledom.checkpoint import Checkpoint
 from megatron_ledom.data.dataset import check_datasets
 from megatron_ledom.data.manifest import Manifest
-from megatron_ledom.data.tokenizers import load_tokenizer
+from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction, check_same_direction
 from megatron_ledom.errors import CheckpointError, TokenizerMismatchError, UsageError
 
@@ -37,14 +37,19 @@ class RunFacts:
     """What the data and checkpoints of a run say of themselves.
 
     Attributes:
-        tokenizer_fingerprint: of the run's tokenizer; None without data.
+        tokenizer: the run's tokenizer; None without data.
         manifests: dataset prefix -> manifest.
         resumed: the arguments in the checkpoint that `--load` names, or None.
     """
 
-    tokenizer_fingerprint: str | None
+    tokenizer: Tokenizer | None
     manifests: dict[str, Manifest]
     resumed: argparse.Namespace | None
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """The fingerprint that the checkpoints of the run carry; None without data."""
+        return None if self.tokenizer is None else self.tokenizer.fingerprint
 
 
 def check_run(args: argparse.Namespace) -> RunFacts:
@@ -60,7 +65,7 @@ def check_run(args: argparse.Namespace) -> RunFacts:
     """
     direction = Direction.parse(args.direction, where="--direction")
     prefixes = data_prefixes(args)
-    fingerprint, manifests = None, {}
+    tokenizer, fingerprint, manifests = None, None, {}
     if prefixes:
         tokenizer = load_tokenizer(
             args.tokenizer_type, args.tokenizer_model, vocab_file=args.vocab_file, merge_file=args.merge_file
@@ -72,7 +77,7 @@ def check_run(args: argparse.Namespace) -> RunFacts:
         flag: check_checkpoint(flag, path, step=args.ckpt_step, direction=direction, fingerprint=fingerprint)
         for flag, path in _checkpoints_to_load(args)
     }
-    return RunFacts(fingerprint, manifests, resumed=written.get("--load"))
+    return RunFacts(tokenizer, manifests, resumed=written.get("--load"))
 
 
 def _checkpoints_to_load(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:

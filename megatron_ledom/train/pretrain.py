@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_ledom.data.tokenizers import check_engine_tokenizer
 from megatron_ledom.engine import cpu
 from megatron_ledom.engine.arguments import (
     build_front_parser,
@@ -49,8 +50,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if device == "cpu":
         cpu.install()
+    from megatron.training import get_tokenizer
+
     facts = check_run(parse_arguments(argv, device))  # before anything is created
     args = set_megatron_arguments(argv, device)
+    if facts.tokenizer is not None:
+        check_engine_tokenizer(facts.tokenizer, get_tokenizer())
     if facts.resumed is not None:
         check_schedule(args, facts.resumed)
     args.tokenizer_fingerprint = facts.tokenizer_fingerprint  # goes into every checkpoint, as `direction` does
