@@ -29,6 +29,10 @@ class OutputExistsError(LedomError):
     """The output is already there: nothing is overwritten unless asked for."""
 
 
+class OutputError(LedomError):
+    """The file system refuses the output: no space, no permission, a size limit."""
+
+
 class DirectionError(LedomError):
     """Data, weights or a request that run in different directions."""
 

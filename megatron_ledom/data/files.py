@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megatron_ledom.errors import OutputExistsError, UsageError
+from megatron_ledom.errors import OutputError, OutputExistsError
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class HashedFile:
 
     Raises:
         OutputExistsError: another process is writing it.
-        UsageError: the file system refuses (no space left, no permission, a size limit).
+        OutputError: the file system refuses (no space left, no permission, a size limit).
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,8 +100,8 @@ class HashedFile:
             with contextlib.suppress(OSError):  # what could not be flushed is not wanted any more
                 self._file.close()
 
-    def _refusal(self, error: OSError) -> UsageError:
-        return UsageError(
+    def _refusal(self, error: OSError) -> OutputError:
+        return OutputError(
             f"cannot write {self.path} ({self.num_bytes:,} bytes written): {error.strerror}; nothing new "
             "stands under that name. Make room or choose another --output-prefix"
         )

@@ -156,7 +156,8 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
     files are removed.
 
     Raises:
-        UsageError: flags that cannot work, or the output cannot be written (disk full).
+        UsageError: flags that cannot work.
+        OutputError: the output cannot be written (disk full).
         InputError: an input file or line is bad, nothing is left to write, or a worker died.
         OutputExistsError: a dataset of that name is there and `overwrite` is not set.
     """

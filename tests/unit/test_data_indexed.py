@@ -13,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from megatron_ledom.data import indexed
 from megatron_ledom.data.files import HashedFile
 from megatron_ledom.data.indexed import DTYPE_CODES, DatasetWriter, optimal_dtype, read_index_header
-from megatron_ledom.errors import InputError, OutputExistsError, UsageError
+from megatron_ledom.errors import InputError, OutputError, OutputExistsError
 
 
 def random_documents(count: int, dtype: np.dtype) -> list[np.ndarray]:
@@ -96,5 +96,5 @@ def test_two_runs_cannot_write_one_output_and_what_a_dead_run_left_is_reused(tmp
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"cannot write .*file/a.bin .*choose another --output-prefix"):
+    with pytest.raises(OutputError, match=r"cannot write .*file/a.bin .*choose another --output-prefix"):
         HashedFile(tmp_path / "file" / "a.bin")

@@ -26,7 +26,7 @@ from megatron_ledom.data.manifest import load_manifest
 from megatron_ledom.data.preprocess import PreprocessConfig, preprocess
 from megatron_ledom.data.tokenizers import load_tokenizer
 from megatron_ledom.direction import Direction, flip
-from megatron_ledom.errors import InputError, OutputExistsError, UsageError
+from megatron_ledom.errors import InputError, OutputError, OutputExistsError, UsageError
 from megatron_ledom.testing import END_OF_DOCUMENT, code_documents, english_documents, write_jsonl
 
 SUFFIXES = (".bin", ".idx", ".manifest.json")
@@ -184,7 +184,7 @@ def test_a_disk_that_is_full_leaves_nothing_and_says_so(
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     with (
         file_size_limit(limit),
-        pytest.raises(UsageError, match=rf"cannot write .*a_text_document.{refused} .*Make room"),
+        pytest.raises(OutputError, match=rf"cannot write .*a_text_document.{refused} .*Make room"),
     ):
         preprocess(dataclasses.replace(config, inputs=[path]))
     assert outputs(config) == {}
