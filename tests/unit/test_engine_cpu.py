@@ -140,3 +140,24 @@ def test_cpu_adamw_continues_from_its_state() -> None:
 def test_cpu_adamw_refuses_what_it_cannot_do(setting: dict[str, bool]) -> None:
     with pytest.raises(ValueError, match="the CPU engine has"):
         CpuAdamW([torch.nn.Parameter(torch.zeros(1))], **setting)
+
+
+def test_the_large_presets_pass_megatrons_own_validation_at_64_ranks() -> None:
+    out = run_script("""
+import contextlib, io, os, sys
+from megatron_ledom.engine import cpu
+from megatron_ledom.engine.arguments import parse_arguments, set_megatron_arguments
+from megatron.training import global_vars
+cpu.install()
+os.environ["WORLD_SIZE"] = "64"
+sys.argv = ["pretrain.py"]
+for preset in ("2b", "7b"):
+    argv = ["--preset", preset, "--run-dir", "RUN", "--mock-data", "--tokenizer-type", "NullTokenizer",
+            "--vocab-size", "64256", "--tensorboard-dir", ""]
+    with contextlib.redirect_stdout(io.StringIO()):
+        parse_arguments(argv, "cpu")
+        args = set_megatron_arguments(argv, "cpu")
+    print(preset, args.data_parallel_size, args.params_dtype, args.padded_vocab_size)
+    global_vars.destroy_global_vars()
+""")
+    assert out.splitlines()[-2:] == ["2b 64 torch.bfloat16 64256", "7b 32 torch.bfloat16 64256"]
