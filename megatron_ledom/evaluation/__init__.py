@@ -1,0 +1,1 @@
+"""Measuring models: the loss of both directions on the same text."""

@@ -1,0 +1,165 @@
+"""Log-probabilities of chosen tokens under a causal language model, in batches.
+
+Owns four economies, none of which changes a result:
+
+- A sequence that occurs several times is scored once: samples of one question often
+  repeat, and equal candidates get exactly equal scores.
+- Only the hidden states that predict a scored token go through the LM head, and
+  these in chunks, so that no tensor of vocabulary x length exists.
+- Sequences are sorted by length and padded on the right to the longest of their
+  batch. Under a causal mask a real token never sees padding, so no mask is passed.
+- The last id of a sequence is only predicted, never read.
+
+It doesn't know texts, tokenizers or which way the ids run (`model.py` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megatron_ledom.direction import ConditionedIds
+from megatron_ledom.inference import DEFAULT_BATCH_TOKENS
+
+# 64 MiB of float32 logits at a time: 261 positions at a vocabulary of 64,256, where
+# the matrix product has long reached full speed.
+LOGITS_PER_CHUNK = 1 << 24
+
+
+def build_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Group sequences of similar length, the longest first.
+
+    Args:
+        lengths: number of ids per sequence.
+        batch_tokens: most tokens in a batch, padding included; a longer sequence has a batch of its own.
+
+    Yields:
+        Indices into `lengths`; every index once.
+
+    >>> list(build_batches([2, 9, 3, 3], batch_tokens=6))
+    [[1], [2, 3], [0]]
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def pick_log_softmax(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Natural log-probability of one target per row of logits; the logits are overwritten.
+
+    The exponentials are summed in the logits' own dtype (relative error 1e-7 in
+    float32); everything of the size of a logit is then added in float64, so that the
+    sum over a long text doesn't drift.
+
+    Args:
+        logits_NV: float32 or float64 [N, V].
+        targets_N: int64 [N].
+
+    Returns:
+        float64 [N].
+    """
+    peak_N1 = logits_NV.amax(dim=-1, keepdim=True)
+    picked_N = logits_NV.gather(-1, targets_N[:, None])[:, 0].double() - peak_N1[:, 0].double()
+    return picked_N - logits_NV.sub_(peak_N1).exp_().sum(dim=-1).double().log()
+
+
+def has_plain_head(model: Any) -> bool:
+    """Whether the model's logits are its output embedding applied to its last hidden state, and nothing else.
+
+    Found by trying three ids both ways. Models that scale or cap their logits say no;
+    they are scored through their own forward function, with more memory.
+    """
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        return False
+    ids = torch.arange(3, device=model.device)[None, :]
+    with torch.inference_mode():
+        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        return hidden is not None and torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits)
+
+
+class TokenScorer:
+    """Scores token sequences under one Hugging Face causal language model.
+
+    Args:
+        model: a loaded `transformers` causal LM in evaluation mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.plain_head = has_plain_head(model)
+
+    @torch.inference_mode()
+    def score(
+        self,
+        sequences: Sequence[ConditionedIds],
+        *,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> list[list[float]]:
+        """Log-probability of every target token of every sequence.
+
+        Args:
+            sequences: ids in the model's order; each target starts at index 1 or later.
+            batch_tokens: most tokens in a batch, padding included.
+            on_batch: called after each batch with the number of sequences that it settled.
+
+        Returns:
+            Per sequence, in the order given: the natural log-probabilities of its target tokens, model order.
+        """
+        copies: dict[tuple[int, ...], list[int]] = {}
+        for index, sequence in enumerate(sequences):
+            copies.setdefault((sequence.target_start, *sequence.ids), []).append(index)
+        distinct = list(copies.values())
+        results: list[list[float]] = [[] for _ in sequences]
+        for batch in build_batches([len(sequences[places[0]].ids) - 1 for places in distinct], batch_tokens):
+            chosen = [sequences[distinct[i][0]] for i in batch]
+            scores = self._score_batch(chosen).tolist()
+            start = 0
+            for i, sequence in zip(batch, chosen, strict=True):
+                end = start + len(sequence.ids) - sequence.target_start
+                for index in distinct[i]:
+                    results[index] = scores[start:end]
+                start = end
+            if on_batch is not None:
+                on_batch(sum(len(distinct[i]) for i in batch))
+        return results
+
+    def _score_batch(self, sequences: Sequence[ConditionedIds]) -> torch.Tensor:
+        """Scores of all target tokens of one batch, one sequence after the other: float64 [N], on the CPU."""
+        longest = max(len(s.ids) for s in sequences) - 1
+        device = self.model.device
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence.ids) - 1] = torch.tensor(sequence.ids[:-1])
+        # The token at index t is predicted from position t - 1.
+        places = [(row, t - 1) for row, s in enumerate(sequences) for t in range(s.target_start, len(s.ids))]
+        rows_N, positions_N = torch.tensor(places, device=device).unbind(-1)
+        targets_N = torch.tensor([i for s in sequences for i in s.ids[s.target_start :]], device=device)
+        ids = ids.to(device)
+        if not self.plain_head:
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            return _score_rows(logits[rows_N, positions_N], targets_N, lambda chunk: chunk, logits.shape[-1])
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        head = self.model.get_output_embeddings()
+        return _score_rows(hidden[rows_N, positions_N], targets_N, head, head.weight.shape[0])
+
+
+def _score_rows(
+    states_NH: torch.Tensor, targets_N: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], vocab_size: int
+) -> torch.Tensor:
+    """Apply `head` to a few rows at a time and pick the targets' log-probabilities: float64 [N], on the CPU."""
+    num_rows = max(1, LOGITS_PER_CHUNK // vocab_size)
+    picked = []
+    for states, targets in zip(states_NH.split(num_rows), targets_N.split(num_rows), strict=True):
+        logits = head(states)
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        picked.append(pick_log_softmax(logits, targets))
+    return torch.cat(picked).cpu()

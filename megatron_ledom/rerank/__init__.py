@@ -1,0 +1,1 @@
+"""Reranking by Reverse Reward: candidates in, the same candidates in order of their reward out."""

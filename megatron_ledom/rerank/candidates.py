@@ -1,0 +1,140 @@
+"""Questions with candidate answers, as JSONL: what is read and what is written.
+
+One question a line; the schema, with an example, is in docs/reverse_reward.md:
+
+    in   {"question": "...", "candidates": ["...", {"text": "...", "forward_logprob": -7.1}], ...}
+    out  the same fields, the candidates as objects in order of their reward, and "reverse_reward":
+         the settings that produced them
+
+It checks every line before a model is loaded; it doesn't compute anything.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.errors import InputError
+from megatron_ledom.inference.files import read_records, read_text_field
+
+QUESTION_KEYS = ("question", "prompt")
+FORWARD_LOGPROB = "forward_logprob"
+NUM_FORWARD_TOKENS = "num_forward_tokens"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate answer.
+
+    Attributes:
+        text: the answer.
+        where: file, line and number of the candidate, for messages.
+        forward_logprob: log P(text given the question) that came with it, natural logarithm, or None.
+        num_forward_tokens: the number of tokens behind that, or None.
+        extra: every other field, kept as it came.
+    """
+
+    text: str
+    where: str
+    forward_logprob: float | None = None
+    num_forward_tokens: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of the file.
+
+    Attributes:
+        text: the question.
+        candidates: in the order of the file, one or more.
+        where: file and line, for messages.
+        record: the line as it was read.
+    """
+
+    text: str
+    candidates: tuple[Candidate, ...]
+    where: str
+    record: dict[str, Any]
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Read and check a file of questions with candidates.
+
+    Raises:
+        InputError: the file is missing or has no question, or a line is malformed: no
+            question, no candidates, an empty answer, a log-probability that can't be one.
+            The message names file, line and candidate.
+    """
+    questions = [_read_question(record, f"{path}, line {number}") for number, record in read_records(path)]
+    if not questions:
+        raise InputError(f"{path} has no question. One JSON object a line is needed, see docs/reverse_reward.md")
+    return questions
+
+
+def _read_question(record: dict[str, Any], where: str) -> Question:
+    present = [key for key in QUESTION_KEYS if key in record]
+    if len(present) == 2:
+        raise InputError(f"{where}: both 'question' and 'prompt' are there. Keep one")
+    text = read_text_field(record, present[0] if present else QUESTION_KEYS[0], where)
+    candidates = record.get("candidates")
+    if not isinstance(candidates, list) or not candidates:
+        found = "no field 'candidates'" if "candidates" not in record else f"field 'candidates' is {candidates!r}"
+        raise InputError(f"{where}: {found}. A list of one or more answers is needed")
+    read = tuple(_read_candidate(c, f"{where}, candidate {n}") for n, c in enumerate(candidates, start=1))
+    return Question(text, read, where, record)
+
+
+def _read_candidate(entry: object, where: str) -> Candidate:
+    fields: dict[str, Any] = {"text": entry} if isinstance(entry, str) else entry if isinstance(entry, dict) else {}
+    if not fields:
+        raise InputError(f'{where}: {entry!r} is neither a text nor an object with a field "text"')
+    known = {"text", FORWARD_LOGPROB, NUM_FORWARD_TOKENS}
+    return Candidate(
+        text=read_text_field(fields, "text", where),
+        where=where,
+        forward_logprob=_read_logprob(fields.get(FORWARD_LOGPROB), where),
+        num_forward_tokens=_read_count(fields.get(NUM_FORWARD_TOKENS), where),
+        extra={key: value for key, value in fields.items() if key not in known},
+    )
+
+
+def _read_logprob(value: object, where: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value > 0:
+        raise InputError(f"{where}: {FORWARD_LOGPROB} is {value!r}, a finite number of at most 0 is needed")
+    return float(value)
+
+
+def _read_count(value: object, where: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{where}: {NUM_FORWARD_TOKENS} is {value!r}, a whole number of at least 1 is needed")
+    return value
+
+
+def check_carried_logprobs(questions: list[Question], *, need_num_tokens: bool) -> None:
+    """Check that no forward model is needed: every candidate carries its own score.
+
+    Args:
+        questions: as read.
+        need_num_tokens: also ask for the number of tokens, to divide by.
+
+    Raises:
+        InputError: a candidate without them; the message names it.
+    """
+    for question in questions:
+        for candidate in question.candidates:
+            if candidate.forward_logprob is None:
+                raise InputError(
+                    f"{candidate.where}: no {FORWARD_LOGPROB}, and no --forward-model to compute it. Give one of them"
+                )
+            if need_num_tokens and candidate.num_forward_tokens is None:
+                raise InputError(
+                    f"{candidate.where}: no {NUM_FORWARD_TOKENS}, which --normalize token divides {FORWARD_LOGPROB} "
+                    "by. Add it, normalize by char, or give --forward-model"
+                )

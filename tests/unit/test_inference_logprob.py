@@ -1,0 +1,189 @@
+"""Scores of the batched, chunked path against the plainest computation there is."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from random_models import CONTEXT_TOKENS, random_pairs, save_model, save_random_model
+
+from megatron_ledom.direction import condition
+from megatron_ledom.errors import InputError
+from megatron_ledom.inference import DirectedLM, ForwardLM, ReverseLM, scoring
+from megatron_ledom.testing import english_documents
+
+# Float32, another batch, another order of additions: nats per token, and a share of a total.
+TOKEN_TOLERANCE = 1e-5
+TOTAL_TOLERANCE = 1e-6
+KINDS = {"forward": ForwardLM, "reverse": ReverseLM}
+
+
+@pytest.fixture(scope="module", params=["forward", "reverse"])
+def lm(request: pytest.FixtureRequest, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> DirectedLM:
+    folder = save_random_model(tmp_path_factory.mktemp("model"), tokenizer_folder, request.param)
+    return KINDS[request.param].load(folder, device="cpu")
+
+
+def naive_logprobs(lm: DirectedLM, target: str, given: str) -> list[float]:
+    """One pair, full logits, float64 log-softmax; ids turned round by hand. Natural order."""
+    target_ids = lm.tokenizer.encode(target, add_special_tokens=False)
+    given_ids = lm.tokenizer.encode(given, add_special_tokens=False)
+    if lm.direction == "reverse":
+        target_ids, given_ids = target_ids[::-1], given_ids[::-1]
+    ids = torch.tensor([[0, *given_ids, *target_ids]])
+    with torch.no_grad():
+        logprobs = lm.model(ids).logits[0].double().log_softmax(-1)
+    scores = [logprobs[t - 1, ids[0, t]].item() for t in range(1 + len(given_ids), ids.shape[1])]
+    return scores[::-1] if lm.direction == "reverse" else scores
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[tuple[str, str]]:
+    return random_pairs(english_documents(), 50)
+
+
+@pytest.fixture(scope="module")
+def expected(lm: DirectedLM, pairs: list[tuple[str, str]]) -> list[list[float]]:
+    return [naive_logprobs(lm, *pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 700, 4096])
+def test_scores_equal_the_naive_computation(
+    lm: DirectedLM, pairs: list[tuple[str, str]], expected: list[list[float]], batch_tokens: int
+) -> None:
+    assert lm._scorer.plain_head
+    for score, values in zip(lm.logprobs(pairs, batch_tokens=batch_tokens), expected, strict=True):
+        assert score.token_logprobs == pytest.approx(values, abs=TOKEN_TOLERANCE, rel=0)
+        assert score.logprob == pytest.approx(sum(values), rel=TOTAL_TOLERANCE)
+        assert score.num_tokens == len(values)
+
+
+def test_results_follow_the_order_of_the_input(
+    lm: DirectedLM, pairs: list[tuple[str, str]], expected: list[list[float]]
+) -> None:
+    order = random.Random(1).sample(range(len(pairs)), len(pairs))
+    scores = lm.logprobs([pairs[i] for i in order], batch_tokens=500)
+    for score, index in zip(scores, order, strict=True):
+        assert score.logprob == pytest.approx(sum(expected[index]), rel=TOTAL_TOLERANCE)
+
+
+def test_small_chunks_of_the_head_change_nothing(
+    lm: DirectedLM, pairs: list[tuple[str, str]], expected: list[list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", 3 * 1024 + 5)  # three rows at a time
+    for score, values in zip(lm.logprobs(pairs[:10]), expected, strict=False):
+        assert score.logprob == pytest.approx(sum(values), rel=TOTAL_TOLERANCE)
+
+
+def test_repeated_pairs_are_read_once_and_get_equal_scores(lm: DirectedLM, pairs: list[tuple[str, str]]) -> None:
+    layouts = [lm.arrange(*pair) for pair in [*pairs[:4], *pairs[:4], pairs[0]]]
+    settled: list[int] = []
+    scores = lm.score(layouts, batch_tokens=1, on_batch=settled.append)
+    assert scores[:4] == scores[4:8]
+    assert scores[8] == scores[0]
+    assert sorted(settled) == [2, 2, 2, 3]
+
+
+def test_the_same_ids_with_another_target_are_another_question(lm: DirectedLM) -> None:
+    ids = lm.encode("The expression is evaluated before the statement")
+    near, far = (ids[3:], ids[:3]) if lm.direction == "reverse" else (ids[:3], ids[3:])
+    part, whole = condition(far, near, lm.direction, boundary_id=0), condition(ids, [], lm.direction, boundary_id=0)
+    assert part.ids == whole.ids
+    together = lm.score([part, whole])
+    assert [s.num_tokens for s in together] == [len(far), len(ids)]
+    assert together[0].logprob == pytest.approx(lm.score([part])[0].logprob, rel=TOTAL_TOLERANCE)
+
+
+def test_one_pair_and_a_batch_agree(lm: DirectedLM, pairs: list[tuple[str, str]]) -> None:
+    one = lm.logprob(*pairs[3])
+    assert one.logprob == pytest.approx(lm.logprobs(pairs)[3].logprob, rel=TOTAL_TOLERANCE)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 700, 4096])
+def test_in_float64_the_batched_path_is_exact(lm: DirectedLM, pairs: list[tuple[str, str]], batch_tokens: int) -> None:
+    exact = type(lm).load(lm.record.folder, device="cpu", dtype=torch.float64)
+    for score, pair in zip(exact.logprobs(pairs, batch_tokens=batch_tokens), pairs, strict=True):
+        assert score.logprob == pytest.approx(sum(naive_logprobs(exact, *pair)), abs=1e-9, rel=0)
+
+
+def test_a_document_split_anywhere_sums_to_its_whole(lm: DirectedLM) -> None:
+    ids = lm.encode(english_documents()[5])[:60]
+    whole = lm.score([condition(ids, [], lm.direction, boundary_id=0)])[0].logprob
+    for cut in range(1, len(ids)):
+        near, far = (ids[cut:], ids[:cut]) if lm.direction == "reverse" else (ids[:cut], ids[cut:])
+        layouts = [
+            condition(near, [], lm.direction, boundary_id=0),
+            condition(far, near, lm.direction, boundary_id=0),
+        ]
+        assert sum(s.logprob for s in lm.score(layouts)) == pytest.approx(whole, rel=TOTAL_TOLERANCE)
+
+
+def test_chain_rule_over_texts(lm: DirectedLM) -> None:
+    a, b, c = "The expression", " is evaluated", " before the statement"  # byte-level BPE never merges before a space
+    assert lm.encode(a + b + c) == lm.encode(a) + lm.encode(b) + lm.encode(c)
+    if lm.direction == "reverse":
+        parts, whole = [(a, b + c), (b, c)], (a + b, c)
+    else:
+        parts, whole = [(b, a), (c, a + b)], (b + c, a)
+    total = sum(lm.logprob(target, given).logprob for target, given in parts)
+    assert total == pytest.approx(lm.logprob(*whole).logprob, rel=TOTAL_TOLERANCE)
+
+
+def test_closed_scores_the_boundary_too(lm: DirectedLM) -> None:
+    open_score = lm.logprob("The expression", " is evaluated")
+    closed = lm.logprob("The expression", " is evaluated", closed=True)
+    assert closed.num_tokens == open_score.num_tokens + 1
+    at = 0 if lm.direction == "reverse" else -1  # the boundary lies before the text in a reverse model
+    boundary = closed.token_logprobs[at]
+    assert closed.logprob - boundary == pytest.approx(open_score.logprob, rel=TOTAL_TOLERANCE)
+    assert boundary < 0
+
+
+def test_texts_that_just_fit_are_scored_and_longer_ones_are_refused(lm: DirectedLM) -> None:
+    ids = lm.encode(english_documents()[5])
+    fitting = ids[:CONTEXT_TOKENS]  # the last id of a sequence is only predicted, the boundary is read
+    text = lm.decode(fitting)
+    assert len(lm.encode(text)) == CONTEXT_TOKENS
+    assert lm.logprob(text, "").num_tokens == CONTEXT_TOKENS
+    with pytest.raises(InputError, match=r"pair 1: 257 tokens with the boundary, but .* at most 256"):
+        lm.logprobs([("a", "b"), (text, " x")])
+
+
+def test_an_empty_text_cannot_be_scored(lm: DirectedLM) -> None:
+    with pytest.raises(InputError, match="no token"):
+        lm.logprob("", "given")
+
+
+def test_models_that_scale_their_logits_are_scored_through_their_own_forward(
+    tokenizer_folder: Path, tmp_path: Path, pairs: list[tuple[str, str]]
+) -> None:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    config = GraniteConfig(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT_TOKENS,
+        initializer_range=0.25,
+        logits_scaling=4.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    lm = ForwardLM.load(save_model(GraniteForCausalLM, config, tmp_path, tokenizer_folder, None), device="cpu")
+    assert not lm._scorer.plain_head
+    for score, pair in zip(lm.logprobs(pairs[:10], batch_tokens=700), pairs, strict=False):
+        assert score.token_logprobs == pytest.approx(naive_logprobs(lm, *pair), abs=TOKEN_TOLERANCE, rel=0)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 10, 64, 10_000])
+def test_batches_hold_every_sequence_once_within_the_budget(batch_tokens: int) -> None:
+    lengths = [random.Random(3).randint(1, 60) for _ in range(100)]
+    batches = list(scoring.build_batches(lengths, batch_tokens))
+    assert sorted(i for batch in batches for i in batch) == list(range(100))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= batch_tokens
