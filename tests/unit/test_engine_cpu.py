@@ -147,6 +147,7 @@ def test_the_large_presets_pass_megatrons_own_validation_at_64_ranks() -> None:
 import contextlib, io, os, sys
 from megatron_ledom.engine import cpu
 from megatron_ledom.engine.arguments import parse_arguments, set_megatron_arguments
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 from megatron.training import global_vars
 cpu.install()
 os.environ["WORLD_SIZE"] = "64"
@@ -159,5 +160,6 @@ for preset in ("2b", "7b"):
         args = set_megatron_arguments(argv, "cpu")
     print(preset, args.data_parallel_size, args.params_dtype, args.padded_vocab_size)
     global_vars.destroy_global_vars()
+    destroy_num_microbatches_calculator()
 """)
     assert out.splitlines()[-2:] == ["2b 64 torch.bfloat16 64256", "7b 32 torch.bfloat16 64256"]
