@@ -71,8 +71,12 @@ def install() -> None:
     if is_installed():
         return
     prepare_environment()
-    import torch._dynamo  # noqa: F401 - inspects torch functions, so it must see the originals
+    import torch._dynamo  # inspects torch functions, so it must see the originals
     import megatron.core.optimizer  # noqa: F401 - likewise; isort: skip
+
+    # `with torch.device(...)` recognises the factory functions by a set that it builds once and keeps: built after
+    # the patches it would hold the wrappers, and transformers' loading on the meta device would go wrong unnoticed.
+    torch.utils._device._device_constructors()
 
     _patch_torch_cuda()
     _patch_factories()

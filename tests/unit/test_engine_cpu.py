@@ -68,6 +68,26 @@ print(len(patched), "patched and taken back")
     assert "patched and taken back" in out
 
 
+def test_other_libraries_work_beside_the_engine(tmp_path: Path, tokenizer_folder: Path) -> None:
+    from random_models import save_random_model
+
+    folder = save_random_model(tmp_path / "model", tokenizer_folder, "reverse")
+    out = run_script(f"""
+from megatron_ledom.engine import cpu
+cpu.install()
+with torch.device("meta"):
+    assert torch.zeros(2).device.type == "meta", "torch.device as a context no longer works"
+from transformers import AutoModelForCausalLM
+ids = torch.arange(40)[None]
+patched = AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype=torch.float32)(ids).logits
+cpu.restore()
+plain = AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype=torch.float32)(ids).logits
+assert torch.equal(patched, plain), (patched - plain).abs().max()
+print("equal")
+""")
+    assert "equal" in out
+
+
 def test_a_cuda_run_is_not_patched(tmp_path: Path) -> None:
     # torch is told that there is a GPU; the run then goes as far as it can without one.
     out = run_script(f"""
