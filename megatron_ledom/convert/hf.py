@@ -43,7 +43,7 @@ from megatron_ledom.convert.safetensors_file import (
 from megatron_ledom.convert.tokenizer_files import find_tokenizer, write_tokenizer
 from megatron_ledom.data.tokenizers import Tokenizer
 from megatron_ledom.direction import describe_direction
-from megatron_ledom.errors import CheckpointError, OutputExistsError, UsageError
+from megatron_ledom.errors import CheckpointError, OutputError, OutputExistsError, UsageError
 from megatron_ledom.log import Progress, get_logger
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def export_checkpoint(
         OutputExistsError: `output` is there already.
         InputError, TokenizerMismatchError: no tokenizer, or not the one of the weights.
         ParityError: the logits differ from Megatron's.
-        UsageError: an option that does not fit, or not enough space on disk.
+        UsageError: an option that does not fit.
+        OutputError: the folder cannot be made there, or there is not enough space.
     """
     options = options or ExportOptions()
     check_output(output, overwrite=options.overwrite)
@@ -280,17 +281,17 @@ def _folder_beside(output: Path, *, needed_bytes: int, overwrite: bool) -> Itera
         free = shutil.disk_usage(output.parent).free
         temporary.mkdir()
     except OSError as error:
-        raise UsageError(f"--output {output} cannot be made there: {error}") from error
+        raise OutputError(f"--output {output} cannot be made there: {error}") from error
     try:
         if free < needed_bytes:
-            raise UsageError(f"--output {output}: {needed_bytes:,} bytes are needed there, {free:,} are free")
+            raise OutputError(f"--output {output}: {needed_bytes:,} bytes are needed there, {free:,} are free")
         yield temporary
         check_output(output, overwrite=overwrite)  # it may have appeared meanwhile
         _replace_folder(temporary, output)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UsageError(f"--output {output}: {needed_bytes:,} bytes are needed there ({error})") from error
+        raise OutputError(f"--output {output}: {needed_bytes:,} bytes are needed there ({error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

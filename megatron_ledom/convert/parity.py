@@ -85,7 +85,7 @@ def compare_logits(checkpoint_folder: Path, hf_folder: Path) -> dict[str, Any]:
     config = json.loads((hf_folder / "config.json").read_text(encoding="utf-8"))
     direction = Direction.parse(config["ledom"]["direction"], where=f"{hf_folder}/config.json")
     ids_model = probe_ids(hf_folder, config, direction)
-    # transformers first: under the CPU engine's patches it leaves the rotary frequencies uninitialised
+    # transformers first, so that no patch of the CPU engine can have a part in its answer
     found = hf_logits(hf_folder, ids_model)
     gc.collect()
     padded = megatron_logits(Checkpoint.open(checkpoint_folder), ids_model, dtype=config["dtype"])

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_ledom.convert.hf import ExportOptions, _to_dtype, export_checkpoint
 from megatron_ledom.convert.tokenizer_files import find_tokenizer, write_tokenizer
 from megatron_ledom.data.tokenizers import load_tokenizer
-from megatron_ledom.errors import CheckpointError, InputError, OutputExistsError, TokenizerMismatchError, UsageError
+from megatron_ledom.errors import CheckpointError, InputError, OutputError, OutputExistsError, TokenizerMismatchError
 from megatron_ledom.testing import english_documents, run_tool, tool_environment, train_bpe_tokenizer
 
 
@@ -194,7 +194,7 @@ def test_weights_that_are_not_finite_are_named(value: float, dtype: str, words: 
 
 def test_a_place_that_cannot_be_written_is_refused(cases: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be made there"):
+    with pytest.raises(OutputError, match="cannot be made there"):
         export(cases, "mha", tmp_path / "file" / "hf")
 
 
