@@ -89,6 +89,9 @@ TINY = Preset(
         "micro_batch_size": 4,
         "global_batch_size": 16,
         "train_iters": 400,
+        # About 1 / sqrt(hidden). With 0.02 this narrow a network starts slowly, and at this rate the reverse twin met a
+        # spike of loss that cost it 0.27 nats after 100 steps (5.57 against 5.30); now 5.16 against 5.18.
+        "init_method_std": 0.08,
         "lr": 3e-3,
         "min_lr": 3e-4,
         "lr_warmup_fraction": 0.05,
