@@ -46,7 +46,7 @@ make_venv() {
 }
 
 install() {
-  say "installing into $venv (about 2 GB to download the first time)"
+  say "installing into $venv (the first time this downloads some gigabytes: torch comes with its CUDA libraries)"
   "$venv/bin/python" -m pip install --editable ".[dev]"
 }
 
