@@ -18,7 +18,7 @@ from megatron_ledom.data.dataset import check_datasets
 from megatron_ledom.data.manifest import Manifest
 from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction, check_same_direction
-from megatron_ledom.errors import CheckpointError, TokenizerMismatchError, UsageError
+from megatron_ledom.errors import TokenizerMismatchError, UsageError
 
 
 def data_prefixes(args: argparse.Namespace) -> list[str]:
@@ -107,14 +107,9 @@ def check_checkpoint(
         DirectionError, TokenizerMismatchError: with both facts.
     """
     checkpoint = Checkpoint.open(path, step=step)
-    written = getattr(checkpoint.args, "direction", None)
-    if written is None:
-        raise CheckpointError(
-            f"{flag} {path}: the checkpoint does not say in which direction its model reads, "
-            "so it was not written by megatron_ledom; nothing can be said about continuing from it"
-        )
-    found = Direction.parse(written, where=f"{path}, argument 'direction'")
-    check_same_direction(direction, found, expected_by="this run (--direction)", found_in=f"the checkpoint {path}")
+    check_same_direction(
+        direction, checkpoint.direction, expected_by="this run (--direction)", found_in=f"the checkpoint {path}"
+    )
     other = getattr(checkpoint.args, "tokenizer_fingerprint", None)
     if fingerprint is not None and other is not None and fingerprint != other:
         raise TokenizerMismatchError(
