@@ -28,6 +28,7 @@ FAMOUS_LINES = (
     "Exit, pursued by a bear.",
     "Good night, good night! parting is such sweet sorrow,",
 )
+LAMBDA = 0.5
 SHOW_EVERY_S = 5.0
 ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) \|.*per iteration \(ms\): ([\d.]+).*lm loss: (\S+)")
 VALIDATION = re.compile(r"validation loss at iteration (\d+).*lm loss value: (\S+)")
@@ -145,8 +146,8 @@ class Quickstart:
     def write_leftwards(self) -> str:
         """Run tools/generate.py on each famous line and show one sample."""
         pages: list[str] = []
-        for line in FAMOUS_LINES:
-            flags = ("--text", line, "--whole", "--max-new-tokens", 60, "--temperature", 0.8, "--seed", 1)
+        for seed, line in enumerate(FAMOUS_LINES, start=1):
+            flags = ("--text", line, "--whole", "--max-new-tokens", 60, "--temperature", 0.8, "--seed", seed)
             text = self._tool("generate.py", "--model", self.folder / "hf/reverse", *flags).strip()
             pages.append(text)
             print("\n".join(f"          | {row}" for row in text.splitlines()), flush=True)
@@ -155,17 +156,21 @@ class Quickstart:
         return f"{len(pages)} texts in {self._relative(path)}"
 
     def rerank(self) -> str:
-        """Run tools/rerank.py on held-out passages: the true continuation among those of other passages."""
+        """Run tools/rerank.py on held-out passages: the true continuation among those of other passages.
+
+        Forward scores compare different texts, so that a common one wins too often; the reverse score is of the same
+        passage each time.
+        """
         candidates, ranked = self.folder / "candidates.jsonl", self.folder / "ranked.jsonl"
         self._write_candidates(candidates)
         models = ("--reverse-model", self.folder / "hf/reverse", "--forward-model", self.folder / "hf/forward")
-        scoring = ("--lambda", 0.5, "--normalize", "token", "--separator", "\n", "--overwrite")
+        scoring = ("--lambda", LAMBDA, "--normalize", "token", "--separator", "\n", "--overwrite")
         self._tool("rerank.py", "--input", candidates, "--output", ranked, *models, *scoring)
         records = [json.loads(line) for line in ranked.read_text(encoding="utf-8").splitlines()]
         scores: dict[str, Callable[[dict[str, float]], float]] = {
             "forward only": lambda c: c["forward_logprob"] / c["num_forward_tokens"],
             "reverse only": lambda c: c["reverse_logprob"] / c["num_reverse_tokens"],
-            "Reverse Reward": lambda c: c["reward"],
+            f"Reverse Reward (lambda {LAMBDA})": lambda c: c["reward"],
         }
         parts = []
         for name, score in scores.items():
