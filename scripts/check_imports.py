@@ -3,7 +3,7 @@
 import importlib
 
 MODULES = (
-    *("torch", "transformers", "tokenizers", "safetensors.torch", "sentencepiece", "nltk", "tensorboard", "matplotlib"),
+    *("torch", "transformers", "tokenizers", "safetensors.torch", "sentencepiece", "tensorboard", "matplotlib"),
     *("megatron.core.datasets.helpers_cpp", "megatron.training", "megatron_ledom", "pytest", "hypothesis"),
 )
 

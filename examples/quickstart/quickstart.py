@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("vocab-size", "entries of the tokenizer"),
         ("first-iters", "iterations before the layout changes"),
         ("train-iters", "iterations in all"),
+        ("num-texts", "famous lines to write something before, 3 at most"),
         ("num-questions", "passages to rerank"),
         ("num-candidates", "continuations for each of them"),
     ):

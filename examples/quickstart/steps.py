@@ -43,6 +43,7 @@ class Settings:
         vocab_size: entries of the tokenizer that is trained.
         first_iters: iterations on the first layout, TP=2 x PP=2.
         train_iters: iterations in all.
+        num_texts: famous lines that something is written before.
         num_questions: passages that are reranked.
         num_candidates: continuations for each passage, one of them the true one.
     """
@@ -51,6 +52,7 @@ class Settings:
     vocab_size: int = 4096
     first_iters: int = 60
     train_iters: int = 400
+    num_texts: int = 3
     num_questions: int = 100
     num_candidates: int = 8
 
@@ -146,7 +148,7 @@ class Quickstart:
     def write_leftwards(self) -> str:
         """Run tools/generate.py on each famous line and show one sample."""
         pages: list[str] = []
-        for seed, line in enumerate(FAMOUS_LINES, start=1):
+        for seed, line in enumerate(FAMOUS_LINES[: self.settings.num_texts], start=1):
             flags = ("--text", line, "--whole", "--max-new-tokens", 60, "--temperature", 0.8, "--seed", seed)
             text = self._tool("generate.py", "--model", self.folder / "hf/reverse", *flags).strip()
             pages.append(text)

@@ -15,7 +15,7 @@ from megatron_ledom.testing import REPOSITORY, tool_environment
 SCRIPT = REPOSITORY / "examples/quickstart/quickstart.py"
 SMALL = [
     *("--vocab-size", "1024", "--first-iters", "3", "--train-iters", "6"),
-    *("--num-questions", "4", "--num-candidates", "3"),
+    *("--num-texts", "1", "--num-questions", "4", "--num-candidates", "3"),
 ]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
