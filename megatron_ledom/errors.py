@@ -9,8 +9,13 @@ invariants only.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 class LedomError(Exception):
@@ -54,14 +59,25 @@ def run_cli(main: Callable[[list[str]], int | None]) -> None:
 
     A `LedomError` becomes `error: ...` on standard error and exit status 2;
     Ctrl-C exits with 130, as a shell expects. Other exceptions propagate with
-    their traceback.
+    their traceback. Under torchrun the first rank of a node speaks for all, and the
+    message is also what torchrun itself reports as the cause.
     """
     try:
         status = main(sys.argv[1:])
     except LedomError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell_torchrun(str(error))
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
     raise SystemExit(status or 0)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Leave the message where torchrun looks for the cause of a rank's failure, in place of a traceback."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError):  # the launcher then reports the exit status alone
+            Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ledom.testing import run_tool, tool_environment, train_bpe_tokenizer
+from megatron_ledom.testing import run_distributed, run_tool, tool_environment, train_bpe_tokenizer
 
 # One process for all refusals: importing Megatron takes longer than all of them together.
 DRIVER = """
@@ -102,6 +102,16 @@ def test_a_refusal_is_one_line_and_status_2() -> None:
     assert done.returncode == 2
     assert "error: --run-dir RUN is missing" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_torchrun_names_the_refusal_as_the_cause() -> None:
+    done = run_distributed("pretrain.py", 2, "--preset", "tiny", "--device", "cpu", "--mock-data")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "--run-dir RUN is missing" in line]
+    assert [line for line in lines if line.startswith("error: ")] == lines[:1], "one rank speaks for all"
+    cause = done.stderr.partition("Root Cause")[2]
+    assert "--run-dir RUN is missing" in cause
+    assert 'File "' not in cause, "a refusal needs no traceback"
 
 
 def test_help_lists_our_flags_and_megatrons_on_request() -> None:
