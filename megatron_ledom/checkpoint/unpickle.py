@@ -116,6 +116,8 @@ def load_object(file: io.RawIOBase | IO[bytes], *, where: str) -> Any:
     import torch
 
     raw = file.read()
+    registered = torch.serialization.get_safe_globals()  # Megatron, once imported, registers live classes of its own
+    torch.serialization.clear_safe_globals()
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(raw))
         plain = {"argparse.Namespace": argparse.Namespace, "types.SimpleNamespace": types.SimpleNamespace}
@@ -129,6 +131,8 @@ def load_object(file: io.RawIOBase | IO[bytes], *, where: str) -> Any:
         raise
     except Exception as error:  # a damaged file raises nearly anything
         raise CheckpointError(f"{where} is damaged ({type(error).__name__}: {error})") from error
+    finally:
+        torch.serialization.add_safe_globals(registered)
 
 
 def _inert_class(name: str) -> type[SavedValue]:

@@ -90,6 +90,8 @@ def test_tensors_of_one_rank_are_those_that_torch_loads(cases: Path, name: str) 
 
 
 def test_values_of_megatrons_classes_are_notes(cases: Path) -> None:
+    import megatron.core.safe_globals  # noqa: F401 - registers its classes with torch: they must stay notes all the same
+
     backend = Checkpoint.open(cases / "gqa_padded").args.attention_backend
     assert repr(backend) == "<saved megatron.core.transformer.enums.AttnBackend(5,)>"
 
