@@ -43,6 +43,18 @@ SUPERSEDED_BY: dict[str, tuple[str, ...]] = {
     "valid_data_path": ("split",),
     "test_data_path": ("split",),
     "per_split_data_args_path": ("split",),
+    "reset_attention_mask": ("create_attention_mask_in_dataloader",),  # such a mask has to come from the loader
+}
+
+
+NOT_WIRED: dict[str, str] = {
+    # Megatron's parser accepts these, but another entry script of its carries them out; here they would do nothing.
+    "hybrid_context_parallel": "batches are not cut over context-parallel ranks",
+    "dataloader_inter_document_masking": "the forward step passes no packed-sequence boundaries",
+    "fim_data": "fill-in-the-middle rewrites documents, in either direction, after they were checked",
+    "sft": "conversations are not a dataset here",
+    "hybrid_layer_pattern": "the model is Megatron's GPTModel",
+    "perform_rl_step": "there is no reinforcement learning here",
 }
 
 
@@ -79,8 +91,8 @@ def build_front_parser() -> argparse.ArgumentParser:
     """Return the light parser: our flags alone, without importing Megatron."""
     parser = argparse.ArgumentParser(
         description="Train a LEDOM model with Megatron's pretrain(), on CUDA or on the CPU.",
-        epilog="Start it with torchrun --nproc-per-node N tools/pretrain.py ...; every flag of Megatron works beside "
-        "these (--help-megatron lists them).",
+        epilog="Start it with torchrun --nproc-per-node N tools/pretrain.py ...; Megatron's own flags stand beside "
+        "these (--help-megatron lists them); the few that this tool cannot carry out are refused by name.",
         allow_abbrev=False,
     )
     add_ledom_arguments(parser)
@@ -200,7 +212,8 @@ def check_arguments(args: argparse.Namespace, device: Device) -> None:
     Raises:
         UsageError: naming the flags, what was found and what to do.
     """
-    for check in (_check_required, _check_layout, _check_model_fits_layout, _check_batch, _check_interleaving):
+    checks = (_check_required, _check_wired, _check_layout, _check_model_fits_layout, _check_batch, _check_interleaving)
+    for check in checks:
         check(args)
     if device == "cpu":
         _check_cpu(args)
@@ -213,6 +226,23 @@ def _check_required(args: argparse.Namespace) -> None:
         raise UsageError(f"no model: give --preset {'|'.join(PRESETS)} or Megatron's model flags (--num-layers ...)")
     if not args.mock_data and args.tokenizer_type is None:
         raise UsageError("--tokenizer-type is missing: name the one the data was made with (it is in its manifest)")
+
+
+def _check_wired(args: argparse.Namespace) -> None:
+    for name, reason in NOT_WIRED.items():
+        if getattr(args, name, None):
+            raise UsageError(f"--{name.replace('_', '-')} is not supported by this tool: {reason}. Drop it")
+    if args.context_parallel_size > 1:
+        raise UsageError(
+            f"--context-parallel-size {args.context_parallel_size} is not supported by this tool: batches are not cut "
+            "over context-parallel ranks. Use tensor, pipeline and data parallelism"
+        )
+    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
+        raise UsageError("--reset-attention-mask does nothing with --no-create-attention-mask-in-dataloader: drop one")
+    if args.reset_attention_mask and args.transformer_impl != "local":
+        raise UsageError(
+            "--reset-attention-mask needs --transformer-impl local: Transformer Engine's causal attention takes no mask"
+        )
 
 
 def _check_layout(args: argparse.Namespace) -> None:
@@ -278,7 +308,6 @@ def _check_cpu(args: argparse.Namespace) -> None:
     unavailable = {
         "--fp8-format": args.fp8 is not None,
         "--transformer-impl transformer_engine": args.transformer_impl != "local",
-        "--context-parallel-size above 1": args.context_parallel_size > 1,
         "--fp16": args.fp16,
         "--distributed-backend other than gloo": args.distributed_backend != "gloo",
     }

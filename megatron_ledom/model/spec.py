@@ -39,25 +39,31 @@ class RMSNorm(torch.nn.RMSNorm):
 def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
     """Return the specification of this pipeline stage's layers.
 
+    Megatron's own choice stands for Transformer Engine, experts, latent attention and
+    whatever else its flags ask for. Ours takes its place in one case: dense local layers
+    with RMSNorm.
+
     Args:
-        config: Megatron's model configuration; `transformer_impl` decides between the two.
+        config: Megatron's model configuration.
         vp_stage: the virtual pipeline stage, with interleaving.
 
     Returns:
-        A `ModuleSpec` (Transformer Engine) or `TransformerBlockSubmodules` (local).
+        A `ModuleSpec` or `TransformerBlockSubmodules`, as Megatron's `GPTModel` takes them.
+
+    Source: `megatron.training.models.gpt.default_layer_spec`.
     """
-    from megatron.core.models.gpt import gpt_layer_specs
-
-    if config.transformer.transformer_impl == "transformer_engine":
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.transformer.qk_layernorm)
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+    from megatron.training.models.gpt import default_layer_spec
 
-    layer = gpt_layer_specs.get_gpt_layer_local_spec(
-        qk_layernorm=config.transformer.qk_layernorm, normalization=config.transformer.normalization
-    )
-    if config.transformer.normalization != "RMSNorm":
+    layer = default_layer_spec(config, vp_stage)
+    transformer = config.transformer
+    is_plain_layer = getattr(layer, "module", None) is TransformerLayer
+    is_dense = transformer.num_moe_experts is None and not transformer.multi_latent_attention
+    is_local_rms = transformer.transformer_impl == "local" and transformer.normalization == "RMSNorm"
+    if not (is_plain_layer and is_dense and is_local_rms):
         return layer
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    num_layers = get_num_layers_to_build(config.transformer, vp_stage)
+    num_layers = get_num_layers_to_build(transformer, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -10,8 +10,10 @@ any causal language model. Legend: B batch, S sequence.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ledom.data.tokenizers import check_engine_tokenizer
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 ForwardStep = Callable[[Any, Any], tuple[Any, Callable[..., Any]]]
-BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -80,7 +82,8 @@ def run_pretraining(args: argparse.Namespace, started: float) -> None:
         *(args.data_parallel_size, args.run_dir),
     )
     model_config = gpt_config_from_args(args)
-    model_config.transformer_layer_spec = build_layer_spec
+    if args.spec is None:
+        model_config.transformer_layer_spec = build_layer_spec
     set_startup_timestamps(program_start=started, main_entry=time.time())
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
@@ -99,6 +102,7 @@ def build_datasets_provider() -> Callable[..., tuple[Any, Any, Any]]:
     """
 
     def provide(num_samples: Sequence[int | None], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+        """Build the three datasets; every virtual stage gets its own, alike."""
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
         from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
         from megatron.training import get_args
@@ -133,13 +137,30 @@ def build_dataset_config(args: argparse.Namespace) -> Any:
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        object_storage_cache_path=args.object_storage_cache_path,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=_read_sequences_per_dataset(args.per_dataset_sequences_path),
     )
 
 
-def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Take a micro-batch to the device: tokens, labels, position_ids int64 [B, S], loss_mask float [B, S]."""
+def _read_sequences_per_dataset(path: str | None) -> dict[str, Any] | None:
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | None]:
+    """Take a micro-batch to the device.
+
+    Returns:
+        tokens, labels, position_ids int64 [B, S]; loss_mask float [B, S]; attention_mask bool
+        [B, 1, S, S], True where a query must not look, or None where the datasets make none.
+    """
     batch = next(data_iterator)
-    return {key: batch[key].cuda(non_blocking=True) for key in BATCH_KEYS}
+    return {key: batch[key].cuda(non_blocking=True) if key in batch else None for key in BATCH_KEYS}
 
 
 def build_forward_step() -> ForwardStep:
@@ -157,7 +178,7 @@ def build_forward_step() -> ForwardStep:
         """Run one micro-batch through this pipeline stage.
 
         Args:
-            data_iterator: of this data-parallel rank; middle stages do not read from it.
+            data_iterator: of this data-parallel rank; middle stages read from it only for an attention mask.
             model: this stage's chunk of the network.
 
         Returns:
@@ -168,9 +189,14 @@ def build_forward_step() -> ForwardStep:
             time_left.update(args.curr_iteration, args.train_iters)
         is_first = get_attr_wrapped_model(model, "pre_process")
         is_last = get_attr_wrapped_model(model, "post_process")
-        batch: dict[str, Any] = next_batch(data_iterator) if is_first or is_last else dict.fromkeys(BATCH_KEYS)
+        has_use = is_first or is_last or args.create_attention_mask_in_dataloader
+        batch: dict[str, Any] = next_batch(data_iterator) if has_use else dict.fromkeys(BATCH_KEYS)
         output = model(
-            batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
         )
         return output, build_loss_function(batch["loss_mask"], check_finite=args.check_for_nan_in_loss_and_grad)
 

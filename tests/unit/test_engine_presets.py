@@ -95,6 +95,11 @@ def test_a_run_directory_with_checkpoints_is_continued(tmp_path) -> None:
     assert defaults_for("--run-dir", str(tmp_path))["load"] == fresh["save"]
 
 
+def test_masks_of_documents_turn_on_the_loaders_masks() -> None:
+    assert defaults_for("--preset", "tiny")["create_attention_mask_in_dataloader"] is False
+    assert "create_attention_mask_in_dataloader" not in defaults_for("--preset", "tiny", named={"reset_attention_mask"})
+
+
 def arguments(**changes: object) -> argparse.Namespace:
     values = {
         "run_dir": "RUN",
@@ -120,6 +125,8 @@ def arguments(**changes: object) -> argparse.Namespace:
         "fp16": False,
         "transformer_impl": "local",
         "distributed_backend": "gloo",
+        "reset_attention_mask": False,
+        "create_attention_mask_in_dataloader": False,
     }
     return argparse.Namespace(**(values | changes))
 
@@ -143,6 +150,18 @@ REFUSALS = {
     "virtual stages": (
         {"num_layers_per_virtual_pipeline_stage": 3, "pipeline_model_parallel_size": 2},
         "--num-layers 8 over 2 stages cannot be cut into virtual stages of 3",
+    ),
+    "another model": ({"hybrid_layer_pattern": "M*"}, "--hybrid-layer-pattern is not supported by this tool"),
+    "another dataset": ({"sft": True}, "--sft is not supported by this tool: conversations are not a dataset here"),
+    "context parallelism": ({"context_parallel_size": 2}, "--context-parallel-size 2 is not supported by this tool"),
+    "a mask that nothing makes": ({"reset_attention_mask": True}, "--reset-attention-mask does nothing with"),
+    "a mask that nothing reads": (
+        {
+            "reset_attention_mask": True,
+            "create_attention_mask_in_dataloader": True,
+            "transformer_impl": "transformer_engine",
+        },
+        "--reset-attention-mask needs --transformer-impl local",
     ),
     "fp8 on the CPU": ({"fp8": "hybrid"}, "--fp8-format is not available with the CPU engine"),
 }
