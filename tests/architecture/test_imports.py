@@ -13,6 +13,13 @@ from source_tree import PACKAGE, imported_modules, module_name, python_files, sy
 
 from megatron_ledom.testing import REPOSITORY, tool_environment
 
+
+def run_code(code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a fresh process at the root of the repository."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=tool_environment(), check=False)
+
+
 # A room may import from its own and from lower levels.
 LEVELS = (
     ("errors", "log", "direction"),
@@ -136,14 +143,7 @@ for path in sorted(Path("tools").glob("*.py")):
     loaded[path.name] = sorted(name for name in heavy if name in sys.modules)
 print(json.dumps(loaded))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=tool_environment(),
-        check=False,
-    )
+    result = run_code(code)
     assert result.returncode == 0, result.stderr
     loaded = json.loads(result.stdout.splitlines()[-1])
     assert set(loaded) == {path.name for path in python_files("tools")}
@@ -173,14 +173,7 @@ after = snapshot()
 changed = sorted(key for key in before if after.get(key) is not before[key])
 print("CHANGED", changed)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=tool_environment(),
-        check=False,
-    )
+    result = run_code(code)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.splitlines()[-1] == "CHANGED []"
 

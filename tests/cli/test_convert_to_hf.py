@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert_cases import build_cases, train_run
 from safetensors import safe_open
 from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, pre_tokenizers
@@ -23,18 +22,6 @@ from megatron_ledom.convert.tokenizer_files import find_tokenizer, write_tokeniz
 from megatron_ledom.data.tokenizers import load_tokenizer
 from megatron_ledom.errors import CheckpointError, InputError, OutputError, OutputExistsError, TokenizerMismatchError
 from megatron_ledom.testing import english_documents, run_tool, tool_environment, train_bpe_tokenizer
-
-
-@pytest.fixture(scope="session")
-def cases(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    return build_cases(tmp_path_factory.getbasetemp() / "convert_cases", tokenizer_folder)
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path) -> Path:
-    folder = tmp_path_factory.getbasetemp() / "convert_run"
-    folder.mkdir(exist_ok=True)
-    return train_run(folder, corpus, tokenizer_folder)
 
 
 @pytest.fixture(scope="session")

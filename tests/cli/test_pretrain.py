@@ -32,19 +32,6 @@ print(json.dumps(answers))
 
 
 @pytest.fixture(scope="module")
-def prefixes(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("data")
-    for direction in ("reverse", "forward"):
-        done = run_tool(
-            "preprocess_data.py",
-            *("--input", corpus, "--output-prefix", folder / direction, "--direction", direction),
-            *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder, "--append-eod"),
-        )
-        assert done.returncode == 0, done.stderr
-    return {direction: folder / f"{direction}_text_document" for direction in ("reverse", "forward")}
-
-
-@pytest.fixture(scope="module")
 def refusals(
     tmp_path_factory: pytest.TempPathFactory, prefixes: dict[str, Path], tokenizer_folder: Path
 ) -> dict[str, tuple[str, str]]:

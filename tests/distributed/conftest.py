@@ -8,30 +8,14 @@ from pathlib import Path
 import pytest
 from small_run import SMALL, Pretrain
 
-from megatron_ledom.testing import run_distributed, run_tool
+from megatron_ledom.testing import run_distributed
 
 
 @pytest.fixture(scope="session")
-def data_prefixes(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path) -> dict[str, Path]:
-    """The corpus as reversed and as forward binaries: direction -> prefix as `--data-path` wants it."""
-    folder = tmp_path_factory.mktemp("data")
-    prefixes = {}
-    for direction in ("reverse", "forward"):
-        done = run_tool(
-            "preprocess_data.py",
-            *("--input", corpus, "--output-prefix", folder / direction, "--direction", direction),
-            *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder, "--append-eod"),
-        )
-        assert done.returncode == 0, done.stderr
-        prefixes[direction] = folder / f"{direction}_text_document"
-    return prefixes
-
-
-@pytest.fixture(scope="session")
-def data_arguments(data_prefixes: dict[str, Path], tokenizer_folder: Path) -> list[object]:
+def data_arguments(prefixes: dict[str, Path], tokenizer_folder: Path) -> list[object]:
     """The data and tokenizer flags of a reverse run."""
     tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder]
-    return ["--data-path", data_prefixes["reverse"], *tokenizer]
+    return ["--data-path", prefixes["reverse"], *tokenizer]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from convert_cases import CASES, ITERATION, VOCAB_SIZE, build_cases, run_this
+from convert_cases import CASES, ITERATION, VOCAB_SIZE, run_this
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -19,11 +19,6 @@ from megatron_ledom.convert.parity import check_parity
 from megatron_ledom.errors import ParityError
 
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="session")
-def cases(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    return build_cases(tmp_path_factory.getbasetemp() / "convert_cases", tokenizer_folder)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from convert_cases import ITERATION, build_cases, train_run
+from convert_cases import ITERATION
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
@@ -22,18 +22,6 @@ from megatron_ledom.checkpoint.locate import finished_steps
 from megatron_ledom.checkpoint.reader import COMMON_STATE
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import CheckpointError, DirectionError
-
-
-@pytest.fixture(scope="session")
-def cases(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    return build_cases(tmp_path_factory.getbasetemp() / "convert_cases", tokenizer_folder)
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path) -> Path:
-    folder = tmp_path_factory.getbasetemp() / "convert_run"
-    folder.mkdir(exist_ok=True)
-    return train_run(folder, corpus, tokenizer_folder)
 
 
 @pytest.fixture
