@@ -4,8 +4,8 @@ What training computes, for comparisons: the layout of the run (TP, PP, fused ke
 precision) is replaced by one rank in fp32, the shape and the weights are the
 checkpoint's, and Megatron's `dist_checkpointing` does the loading, so that nothing here
 depends on this package's own reader of tensors. It needs the memory of the whole model
-in fp32. It activates the CPU engine in the calling process for good: call it in a
-process of its own.
+in fp32; where that is too much, `streamed_model` holds one layer at a time. It activates
+the CPU engine in the calling process for good: call it in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import argparse
 import copy
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from megatron_ledom.checkpoint.unpickle import SavedValue
@@ -44,9 +46,7 @@ ONE_RANK: dict[str, Any] = {
     "overlap_p2p_comm": False,
     "tp_comm_overlap": False,
     "data_parallel_size": 1,
-    # Precision: the checkpoint's weights, computed with in fp32.
-    "bf16": False,
-    "fp16": False,
+    # Precision: `build_megatron_model` chooses one.
     "fp8": None,
     "fp4": None,
     # What only training needs.
@@ -77,38 +77,63 @@ def load_megatron_model(checkpoint: Checkpoint) -> Any:
         CheckpointError: Megatron cannot load the weights into the model that the arguments describe.
     """
     start_one_rank()
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from torch.distributed.checkpoint import CheckpointException
-
     model = build_megatron_model(checkpoint.args)
-    has_key_per_layer = any(re.match(r"decoder\.layers\.\d+\.", name) for name in checkpoint.tensors)
-    metadata = {"singleton_local_shards": False, "non_homogeneous_layers": has_key_per_layer}
-    try:
-        loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, str(checkpoint.folder))
-        model.load_state_dict(loaded["model"])
-    except (CheckpointingException, CheckpointException, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{checkpoint.folder}: Megatron cannot load its weights: {error}") from error
+    with refuse_what_megatron_cannot_load(checkpoint):
+        from megatron.core import dist_checkpointing
+
+        state = {"model": model.sharded_state_dict(metadata=sharding_metadata(checkpoint))}
+        model.load_state_dict(dist_checkpointing.load(state, str(checkpoint.folder))["model"])
     return model.eval()
 
 
-def build_megatron_model(args: argparse.Namespace) -> Any:
-    """Build a `GPTModel` of the shape in `args` on one CPU rank in fp32, with fresh weights.
+def sharding_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `sharded_state_dict` must know: whether the checkpoint stacks its layers under one key each."""
+    has_key_per_layer = any(re.match(r"decoder\.layers\.\d+\.", name) for name in checkpoint.tensors)
+    return {"singleton_local_shards": False, "non_homogeneous_layers": has_key_per_layer}
+
+
+@contextmanager
+def refuse_what_megatron_cannot_load(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn the errors of Megatron's and torch's loaders into a refusal that names the checkpoint.
+
+    Raises:
+        CheckpointError: the block raised one of them.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except (CheckpointingException, CheckpointException, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.folder}: Megatron cannot load its weights: {error}") from error
+
+
+def build_megatron_model(args: argparse.Namespace, *, dtype: str = "float32", on_meta: bool = False) -> Any:
+    """Build a `GPTModel` of the shape in `args` on one CPU rank, with fresh weights or none.
 
     Args:
         args: Megatron's arguments, live or as read from a checkpoint; not changed.
+        dtype: in which it computes: "float32", "bfloat16" or "float16".
+        on_meta: leave every parameter on the meta device: shape and dtype, no memory.
     """
     start_one_rank()
+    import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
 
     from megatron_ledom.model.spec import build_layer_spec
 
-    config = gpt_config_from_args(_one_rank_arguments(args))
+    changed = _one_rank_arguments(args)
+    changed.params_dtype = getattr(torch, dtype)
+    changed.bf16, changed.fp16 = dtype == "bfloat16", dtype == "float16"
+    changed.perform_initialization = not on_meta
+    config = gpt_config_from_args(changed)
     config.transformer_layer_spec = build_layer_spec
     config.finalize()
-    return GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    with torch.device("meta") if on_meta else nullcontext():
+        model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    return model.to(changed.params_dtype)  # Megatron's Float16Module does so too: norms are made in fp32
 
 
 def start_one_rank() -> None:
@@ -130,15 +155,13 @@ def start_one_rank() -> None:
 
 
 def _one_rank_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    import torch
-
     from megatron_ledom.engine.arguments import CPU_DEFAULTS
 
     changed = copy.copy(args)
     for name, value in vars(args).items():
         if isinstance(value, SavedValue):
             setattr(changed, name, _live_value(name, value))
-    for name, value in (ONE_RANK | CPU_DEFAULTS | {"params_dtype": torch.float32}).items():
+    for name, value in (ONE_RANK | CPU_DEFAULTS).items():
         setattr(changed, name, value)
     return changed
 
