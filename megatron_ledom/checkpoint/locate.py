@@ -22,6 +22,8 @@ from megatron_ledom.errors import CheckpointError
 TRACKER = "latest_checkpointed_iteration.txt"
 INDEX = ".metadata"
 SEAL = "metadata.json"
+RELEASE = "release"
+"""Megatron's word, in the tracker and as a folder's name, for weights that no run saved: no optimizer, iteration 0."""
 _STEP_FOLDER = re.compile(r"iter_(\d{7,})")
 
 
@@ -62,8 +64,8 @@ def _latest(path: Path) -> Path:
     if not tracker.is_file():
         raise CheckpointError(_why_no_tracker(path))
     word = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    folder = path / ("release" if word == "release" else f"iter_{word:0>7}")
-    if word != "release" and not (word.isascii() and word.isdigit()):
+    folder = path / (RELEASE if word == RELEASE else f"iter_{word:0>7}")
+    if word != RELEASE and not (word.isascii() and word.isdigit()):
         raise CheckpointError(f"{tracker} holds {word[:40]!r}, where the number of an iteration should be")
     if not folder.is_dir():
         raise CheckpointError(

@@ -1,16 +1,17 @@
 """Our flags beside Megatron's, presets turned into Megatron's defaults, and checks across flags.
 
 The order of precedence, strongest first: a flag on the command line, what the device
-needs, what follows from `--run-dir`, the preset, Megatron's own default. Megatron's
-parser and validation stay in charge; this module only sets defaults on that parser and
-refuses, with a sentence, what Megatron would refuse with an assertion.
+needs, what follows from `--run-dir`, the model of a checkpoint (`--use-checkpoint-args`),
+the preset, Megatron's own default. Megatron's parser and validation stay in charge; this
+module only sets defaults on that parser and refuses, with a sentence, what Megatron would
+refuse with an assertion.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ SUPERSEDED_BY: dict[str, tuple[str, ...]] = {
     "reset_attention_mask": ("create_attention_mask_in_dataloader",),  # such a mask has to come from the loader
 }
 
+MODEL_ARGUMENTS: tuple[str, ...] = (
+    # What decides the function that weights compute. Megatron compares three of them at load, and its
+    # --use-checkpoint-args leaves out the norm's epsilon and every scaling of the rotary positions.
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention"),
+    *("num_query_groups", "kv_channels", "max_position_embeddings", "normalization", "layernorm_epsilon"),
+    *("swiglu", "add_bias_linear", "add_qkv_bias", "position_embedding_type", "rotary_base", "rotary_percent"),
+    *("rotary_interleaved", "use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
+    *("untie_embeddings_and_output_weights", "num_experts", "multi_latent_attention", "qk_layernorm"),
+)
+
+USE_CHECKPOINT = "--use-checkpoint-args"
 
 NOT_WIRED: dict[str, str] = {
     # Megatron's parser accepts these, but another entry script of its carries them out; here they would do nothing.
@@ -106,7 +118,9 @@ def named_on_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     return {options[word.split("=", 1)[0]] for word in argv if word.split("=", 1)[0] in options}
 
 
-def build_defaults(front: argparse.Namespace, device: Device, named: set[str]) -> dict[str, Any]:
+def build_defaults(
+    front: argparse.Namespace, device: Device, named: set[str], model: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Collect what is set on Megatron's parser before it reads the command line.
 
     Args:
@@ -114,8 +128,10 @@ def build_defaults(front: argparse.Namespace, device: Device, named: set[str]) -
         device: the resolved device.
         named: the arguments that the command line names (they win by themselves, but
             supersede some preset defaults).
+        model: arguments that a checkpoint decides.
     """
     defaults = dict(get_preset(front.preset).settings) if front.preset else {}
+    defaults |= model or {}
     if "data_path" not in named and {"train_data_path", "mock_data"} & named:
         defaults.pop("split", None)
     for name in named:
@@ -131,12 +147,13 @@ def build_defaults(front: argparse.Namespace, device: Device, named: set[str]) -
     return defaults
 
 
-def parse_arguments(argv: Sequence[str], device: Device) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str], device: Device, model: Mapping[str, Any] | None = None) -> argparse.Namespace:
     """Parse the whole command line with Megatron's parser and check it; nothing is created yet.
 
     Args:
         argv: the arguments without the program's name.
         device: the resolved device; on "cpu" the engine must be installed already.
+        model: argument name to value, from a checkpoint: weaker than a flag, stronger than a preset.
 
     Returns:
         Megatron's namespace before its own validation, with our flags in it.
@@ -148,12 +165,14 @@ def parse_arguments(argv: Sequence[str], device: Device) -> argparse.Namespace:
     from megatron.training.arguments import parse_args
 
     with _command_line(argv):
-        args: argparse.Namespace = parse_args(_extra_arguments(argv, device))
+        args: argparse.Namespace = parse_args(_extra_arguments(argv, device, model))
     check_arguments(args, device)
     return args
 
 
-def set_megatron_arguments(argv: Sequence[str], device: Device) -> argparse.Namespace:
+def set_megatron_arguments(
+    argv: Sequence[str], device: Device, model: Mapping[str, Any] | None = None
+) -> argparse.Namespace:
     """Parse again, let Megatron validate, and make the result Megatron's global arguments.
 
     This creates Megatron's tokenizer and TensorBoard writer. Our own values are left in
@@ -167,7 +186,7 @@ def set_megatron_arguments(argv: Sequence[str], device: Device) -> argparse.Name
 
     with _command_line(argv):
         try:
-            args: argparse.Namespace = parse_and_validate_args(_extra_arguments(argv, device))
+            args: argparse.Namespace = parse_and_validate_args(_extra_arguments(argv, device, model))
         except AssertionError as error:
             raise UsageError(f"Megatron refuses these arguments: {error or 'see the assertion above'}") from error
     args.run_dir = str(args.run_dir)
@@ -176,20 +195,37 @@ def set_megatron_arguments(argv: Sequence[str], device: Device) -> argparse.Name
 
 
 def _extra_arguments(
-    argv: Sequence[str], device: Device
+    argv: Sequence[str], device: Device, model: Mapping[str, Any] | None
 ) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """Megatron's hook for more arguments: add ours and set the defaults of preset, run directory and device."""
+    """Megatron's hook for more arguments: add ours and set the defaults of preset, model, run directory and device."""
     front, _ = build_front_parser().parse_known_args(argv)
 
     def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         add_ledom_arguments(parser)
-        defaults = build_defaults(front, device, named_on_command_line(parser, argv))
+        named = named_on_command_line(parser, argv)
+        defaults = build_defaults(front, device, named, model or {})
+        without_flag = {name: defaults.pop(name) for name in ("padded_vocab_size",) if name in defaults}
         _add_negations(parser, defaults)
         _check_names(parser, defaults)
-        parser.set_defaults(**defaults)
+        parser.set_defaults(**defaults, **without_flag)
         return parser
 
     return extend
+
+
+def build_saved_arguments(settings: dict[str, Any]) -> argparse.Namespace:
+    """Return Megatron's arguments as a checkpoint holds them, for a checkpoint that no run has written.
+
+    Args:
+        settings: argument name (`dest`) to value; everything else is Megatron's default, or ours.
+            Names that no flag has (`padded_vocab_size`) are taken as well.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_ledom_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    args = parser.parse_args([])
+    vars(args).update(settings)
+    return args
 
 
 def print_megatron_help() -> None:
@@ -345,9 +381,13 @@ def _add_negations(parser: argparse.ArgumentParser, defaults: dict[str, Any]) ->
 
 @contextmanager
 def _command_line(argv: Sequence[str]) -> Iterator[None]:
-    """Show `argv` to Megatron, whose parser reads `sys.argv`."""
+    """Show `argv` to Megatron, whose parser reads `sys.argv`.
+
+    `--use-checkpoint-args` is carried out here, by the `model` of the two functions above: Megatron's own
+    way leaves out arguments that decide the function, and overrules flags that the command line names.
+    """
     saved = sys.argv
-    sys.argv = [saved[0], *argv]
+    sys.argv = [saved[0], *(word for word in argv if word != USE_CHECKPOINT)]
     try:
         yield
     finally:

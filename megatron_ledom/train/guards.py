@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.checkpoint import Checkpoint
+from megatron_ledom.checkpoint.locate import RELEASE
 from megatron_ledom.data.dataset import check_datasets
 from megatron_ledom.data.manifest import Manifest
 from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
@@ -39,12 +40,24 @@ class RunFacts:
     Attributes:
         tokenizer: the run's tokenizer; None without data.
         manifests: dataset prefix -> manifest.
-        resumed: the arguments in the checkpoint that `--load` names, or None.
+        checkpoints: flag -> the checkpoint that it names (`--load` first).
     """
 
     tokenizer: Tokenizer | None
     manifests: dict[str, Manifest]
-    resumed: argparse.Namespace | None
+    checkpoints: dict[str, Checkpoint]
+
+    @property
+    def resumed(self) -> argparse.Namespace | None:
+        """The arguments of the run that goes on; None where weights without an optimizer are loaded, or nothing."""
+        checkpoint = self.checkpoints.get("--load")
+        return None if checkpoint is None or checkpoint.folder.name == RELEASE else checkpoint.args
+
+    @property
+    def hf_origin(self) -> dict[str, Any] | None:
+        """What the weights brought along from a Hugging Face folder (`convert.from_hf`), or None."""
+        written = [getattr(checkpoint.args, "hf_origin", None) for checkpoint in self.checkpoints.values()]
+        return written[0] if written else None
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
@@ -73,11 +86,11 @@ def check_run(args: argparse.Namespace) -> RunFacts:
         fingerprint = tokenizer.fingerprint
         found = check_datasets(prefixes, direction=direction, tokenizer_fingerprint=fingerprint)
         manifests = dict(zip(prefixes, found, strict=True))
-    written = {
+    checkpoints = {
         flag: check_checkpoint(flag, path, step=args.ckpt_step, direction=direction, fingerprint=fingerprint)
         for flag, path in _checkpoints_to_load(args)
     }
-    return RunFacts(tokenizer, manifests, resumed=written.get("--load"))
+    return RunFacts(tokenizer, manifests, checkpoints)
 
 
 def _checkpoints_to_load(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
@@ -89,7 +102,7 @@ def _checkpoints_to_load(args: argparse.Namespace) -> Iterator[tuple[str, Path]]
 
 def check_checkpoint(
     flag: str, path: Path, *, step: int | None, direction: Direction, fingerprint: str | None
-) -> argparse.Namespace:
+) -> Checkpoint:
     """Refuse to continue from a checkpoint of another direction or tokenizer.
 
     Args:
@@ -100,7 +113,7 @@ def check_checkpoint(
         fingerprint: the run's tokenizer, or None where it has no data.
 
     Returns:
-        The arguments that the checkpoint carries.
+        The checkpoint, open.
 
     Raises:
         CheckpointError: nothing finished is there, or the checkpoint does not say its direction.
@@ -116,7 +129,7 @@ def check_checkpoint(
             f"{flag} {path}: its weights were trained with tokenizer {other}, this run uses {fingerprint}. "
             "Use the tokenizer of the checkpoint (its folder is copied to RUN/tokenizer)"
         )
-    return checkpoint.args
+    return checkpoint
 
 
 def check_schedule(args: argparse.Namespace, written: argparse.Namespace) -> None:

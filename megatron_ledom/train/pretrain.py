@@ -28,6 +28,7 @@ from megatron_ledom.engine.device import resolve_device
 from megatron_ledom.log import get_logger
 from megatron_ledom.train.guards import check_run, check_schedule
 from megatron_ledom.train.run_directory import record_launch
+from megatron_ledom.train.starting_point import check_same_model, model_from_checkpoint, vocabulary_rows
 
 if TYPE_CHECKING:
     import torch
@@ -54,13 +55,18 @@ def main(argv: Sequence[str]) -> int:
         cpu.install()
     from megatron.training import get_tokenizer
 
-    facts = check_run(parse_arguments(argv, device))  # before anything is created
-    args = set_megatron_arguments(argv, device)
+    model = model_from_checkpoint(argv)
+    parsed = parse_arguments(argv, device, model)
+    facts = check_run(parsed)  # before anything is created
+    args = set_megatron_arguments(argv, device, model | vocabulary_rows(parsed, facts.hf_origin))
+    for flag, checkpoint in facts.checkpoints.items():
+        check_same_model(f"{flag} {checkpoint.folder}", checkpoint.args, args, argv)
     if facts.tokenizer is not None:
         check_engine_tokenizer(facts.tokenizer, get_tokenizer())
     if facts.resumed is not None:
         check_schedule(args, facts.resumed)
     args.tokenizer_fingerprint = facts.tokenizer_fingerprint  # goes into every checkpoint, as `direction` does
+    args.hf_origin = facts.hf_origin
     if args.rank == 0:
         record_launch(args, argv, facts.manifests)
     run_pretraining(args, started)

@@ -22,7 +22,7 @@ def run_code(code: str) -> subprocess.CompletedProcess[str]:
 
 # A room may import from its own and from lower levels.
 LEVELS = (
-    ("errors", "log", "direction"),
+    ("errors", "log", "direction", "files"),
     ("ops", "data", "engine"),
     ("model", "checkpoint"),
     ("train", "convert", "inference"),

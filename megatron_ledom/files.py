@@ -1,0 +1,152 @@
+"""Large output: files hashed while they are written, and folders that get their name last.
+
+It owns how bytes reach the disk and what is said when they cannot; what they mean is
+everybody else's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.errors import OutputError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a file system says when it takes no more: no space, no quota, a limit on the size of a file."""
+_HASH_ASIDE_BYTES = 2**20  # below this, handing the bytes to a thread costs more than hashing them
+
+
+class HashingFile:
+    """A new file whose SHA-256 is known when it is finished.
+
+    Writing and hashing of one buffer go on at the same time in two threads, so that a large
+    write takes as long as the slower of the two, and the buffer is free when `write` returns.
+
+    Args:
+        path: must not exist.
+
+    Raises:
+        OutputError: from every method, where the file system refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._hash = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        try:
+            self._file = path.open("xb")
+        except OSError as error:
+            raise _refusal(path, 0, error) from error
+
+    def write(self, data: Any) -> int:
+        """Append a buffer; return its length in bytes."""
+        view = memoryview(data).cast("B")
+        aside = self._thread.submit(self._hash.update, view) if view.nbytes >= _HASH_ASIDE_BYTES else None
+        try:
+            self._file.write(view)
+        except OSError as error:
+            raise _refusal(self.path, self._file.tell(), error) from error
+        finally:
+            if aside is None:
+                self._hash.update(view)
+            else:
+                aside.result()
+        return view.nbytes
+
+    def tell(self) -> int:
+        """The number of bytes written so far."""
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """Hand buffered bytes to the operating system."""
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise _refusal(self.path, self._file.tell(), error) from error
+
+    def finish(self) -> str:
+        """Force the bytes to disk, close, and return the SHA-256 in hexadecimal."""
+        self.flush()
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _refusal(self.path, self._file.tell(), error) from error
+        self.abandon()
+        return self._hash.hexdigest()
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        self._thread.shutdown()
+        with contextlib.suppress(OSError):  # what could not be flushed is not wanted any more
+            self._file.close()
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in `folder` to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def folder_beside(target: Path, *, flag: str, needed_bytes: int, check_target: Callable[[], None]) -> Iterator[Path]:
+    """Give an empty hidden folder beside `target`, which becomes `target` if the block succeeds and vanishes if not.
+
+    Args:
+        target: the final name; what stands there is replaced, if `check_target` lets it.
+        flag: how the user named it, for messages.
+        needed_bytes: refused at once if fewer are free.
+        check_target: raises if `target` must not be replaced; called before and after the block.
+
+    Raises:
+        OutputError: the folder cannot be made there, or there is not enough space.
+    """
+    check_target()
+    target = target.absolute()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < needed_bytes:
+            raise OutputError(f"{flag} {target}: {needed_bytes:,} bytes are needed there, {free:,} are free")
+        temporary.mkdir()
+    except OSError as error:
+        raise OutputError(f"{flag} {target} cannot be made there: {error}") from error
+    try:
+        yield temporary
+        check_target()
+        replace_folder(temporary, target)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OutputError(f"{flag} {target}: {needed_bytes:,} bytes are needed there ({error})") from error
+    except OutputError as error:
+        raise OutputError(f"{flag} {target}: {needed_bytes:,} bytes are needed there; {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Rename `source` to `target`; what stood there is kept until it has the name, and removed then."""
+    if not target.exists():
+        source.rename(target)
+    else:
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        target.rename(old)
+        source.rename(target)
+        shutil.rmtree(old)
+    sync_folder(target.parent)
+
+
+def _refusal(path: Path, num_bytes: int, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {path.name} ({num_bytes:,} bytes written): {error.strerror or error}")
