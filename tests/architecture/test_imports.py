@@ -33,6 +33,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Between rooms of one level there is no arrow, except:
 SAME_LEVEL = {
     ("direction", "errors"),
+    ("files", "errors"),
     ("checkpoint", "model"),  # a checkpoint can be turned back into the network that wrote it
 }
 # For tests and examples only; it uses nothing of the rest, so that it can judge it.
