@@ -40,7 +40,7 @@ from megatron_ledom.convert.safetensors_file import (
     ShardWriter,
     plan_shards,
 )
-from megatron_ledom.convert.tokenizer_files import find_tokenizer, write_tokenizer
+from megatron_ledom.convert.tokenizer_files import find_tokenizer, num_table_rows, special_ids, write_tokenizer
 from megatron_ledom.data.tokenizers import Tokenizer
 from megatron_ledom.direction import describe_direction
 from megatron_ledom.errors import CheckpointError, OutputError, OutputExistsError, UsageError
@@ -109,11 +109,12 @@ def export_checkpoint(
     direction, where = checkpoint.direction, str(checkpoint.folder)
     check_is_llama(checkpoint.args, where=where)
     tokenizer = find_tokenizer(checkpoint.args, checkpoint.folder, options.tokenizer)
-    items, plan = plan_weights(checkpoint, vocab_size=tokenizer.vocab_size, options=options)
+    vocab_size = num_table_rows(checkpoint.args, tokenizer)
+    items, plan = plan_weights(checkpoint, vocab_size=vocab_size, options=options)
     num_parameters = plan.tensor_bytes // ITEM_BYTES[plan.dtype]
     with _folder_beside(output, needed_bytes=plan.tensor_bytes + _SPARE_BYTES, overwrite=options.overwrite) as folder:
-        config = write_configuration(checkpoint, tokenizer, folder, dtype=plan.dtype)
-        write_weights(checkpoint, items, plan, folder, vocab_size=tokenizer.vocab_size)
+        config = write_configuration(checkpoint, tokenizer, folder, vocab_size=vocab_size, dtype=plan.dtype)
+        write_weights(checkpoint, items, plan, folder, vocab_size=vocab_size)
         report = None
         if options.parity:
             report = check_parity(checkpoint.folder, folder)
@@ -177,11 +178,13 @@ def plan_weights(
     return items, plan_shards(out, dtype=dtype, max_shard_bytes=options.max_shard_bytes)
 
 
-def write_configuration(checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path, *, dtype: str) -> dict[str, Any]:
+def write_configuration(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path, *, vocab_size: int, dtype: str
+) -> dict[str, Any]:
     """Write the tokenizer's files, config.json and generation_config.json; return config.json's content."""
     special = write_tokenizer(tokenizer, checkpoint.args, folder)
-    tokens = {"bos_token_id": special["bos_token_id"], "eos_token_id": tokenizer.eod_id}
-    config = llama_config(checkpoint.args, vocab_size=tokenizer.vocab_size, dtype=dtype, **tokens)
+    tokens = special_ids(checkpoint.args, bos_token_id=special["bos_token_id"], eod_id=tokenizer.eod_id)
+    config = llama_config(checkpoint.args, vocab_size=vocab_size, dtype=dtype, **tokens)
     config["ledom"] = {
         "format_version": LEDOM_FORMAT_VERSION,
         **describe_direction(checkpoint.direction),

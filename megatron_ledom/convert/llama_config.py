@@ -99,7 +99,7 @@ def is_tied(args: argparse.Namespace) -> bool:
 
 
 def llama_config(
-    args: argparse.Namespace, *, vocab_size: int, bos_token_id: int | None, eos_token_id: int, dtype: str
+    args: argparse.Namespace, *, vocab_size: int, bos_token_id: int | None, eos_token_id: int | list[int], dtype: str
 ) -> dict[str, Any]:
     """Build the content of `config.json`.
 

@@ -8,6 +8,7 @@ group, D head size, F feed-forward size, V vocabulary, N hidden size.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from megatron_ledom.errors import CheckpointError
@@ -158,6 +159,33 @@ def add_vocabulary_padding(table: torch.Tensor, padded_vocab_size: int) -> torch
     import torch
 
     return torch.cat([table, table.new_zeros(num_missing, *table.shape[1:])], dim=0)
+
+
+def to_finite_dtype(tensor: torch.Tensor, dtype: str, name: str, *, remedy: str) -> torch.Tensor:
+    """Round a tensor to another dtype and refuse a result that is not finite.
+
+    Args:
+        tensor: any shape; returned as it is where it has the dtype already.
+        dtype: "float32", "bfloat16" or "float16".
+        name: of the tensor, for the message.
+        remedy: what to do where the values are not finite before rounding.
+
+    Raises:
+        CheckpointError: an element is infinite or NaN in `dtype`.
+    """
+    import torch
+
+    converted = tensor.to(getattr(torch, dtype))
+    if not is_finite(converted):
+        remedy = "choose another --dtype" if is_finite(tensor) else remedy
+        raise CheckpointError(f"{name} is not finite in {dtype}: {remedy}")
+    return converted
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is infinite or NaN; without the two copies that `torch.isfinite` makes."""
+    low, high = tensor.aminmax()
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def _query_heads_per_group(num_heads: int, num_query_groups: int) -> int:

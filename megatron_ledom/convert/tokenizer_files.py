@@ -34,8 +34,9 @@ TRIAL_TEXTS = (
 def find_tokenizer(args: argparse.Namespace, checkpoint_folder: Path, asked: Path | None) -> Tokenizer:
     """Load the tokenizer that belongs to a checkpoint.
 
-    Looked for in this order: `asked` (`--tokenizer`), the copy that training left in
-    RUN/tokenizer beside RUN/checkpoints, the checkpoint's own `tokenizer_model`.
+    Looked for in this order: `asked` (`--tokenizer`), the copy that an import left in
+    CHECKPOINT/tokenizer, the one that training left in RUN/tokenizer beside RUN/checkpoints,
+    the checkpoint's own `tokenizer_model`.
 
     Args:
         args: the checkpoint's arguments.
@@ -84,12 +85,35 @@ def write_tokenizer(tokenizer: Tokenizer, args: argparse.Namespace, folder: Path
     return _try_tokenizer(tokenizer, folder)
 
 
+def num_table_rows(args: argparse.Namespace, tokenizer: Tokenizer) -> int:
+    """The rows of the exported tables: those that an imported model came with, else the tokenizer's ids.
+
+    Padding for tensor parallelism is neither.
+    """
+    return int((getattr(args, "hf_origin", None) or {}).get("vocab_size") or tokenizer.vocab_size)
+
+
+def special_ids(args: argparse.Namespace, *, bos_token_id: int | None, eod_id: int) -> dict[str, Any]:
+    """`bos_token_id` and `eos_token_id` of config.json: an imported model's own, as long as they fit the tokenizer.
+
+    Args:
+        args: the checkpoint's arguments.
+        bos_token_id: the tokenizer's.
+        eod_id: the tokenizer's end-of-document id, with which training closes every document.
+    """
+    origin = getattr(args, "hf_origin", None) or {}
+    eos = origin.get("eos_token_id")
+    has_eod = eod_id in eos if isinstance(eos, list) else eod_id == eos
+    return {"bos_token_id": origin.get("bos_token_id", bos_token_id), "eos_token_id": eos if has_eod else eod_id}
+
+
 def _places(args: argparse.Namespace, checkpoint_folder: Path, asked: Path | None) -> list[Path]:
     if asked is not None:
         return [asked]
     named = getattr(args, "tokenizer_model", None) or getattr(args, "vocab_file", None)
-    copy = checkpoint_folder.resolve().parent.parent / "tokenizer"
-    return [copy, *([Path(named)] if named else [])]
+    folder = checkpoint_folder.resolve()
+    copies = [folder.parent / "tokenizer", folder.parent.parent / "tokenizer"]
+    return [*copies, *([Path(named)] if named else [])]
 
 
 def _load(args: argparse.Namespace, place: Path) -> Tokenizer:
