@@ -80,7 +80,6 @@ def model_card(
         num_parameters: elements of all exported tensors.
         parity: the report of `parity`, or None where nothing was compared.
     """
-    samples = getattr(args, "consumed_train_samples", None) or iteration * args.global_batch_size
     rows = {
         "direction": str(direction),
         "parameters": f"{num_parameters:,}",
@@ -91,15 +90,7 @@ def model_card(
         "vocabulary": f"{config['vocab_size']:,} (Megatron's padding rows removed)",
         "context": f"{config['max_position_embeddings']:,} tokens",
         "weights": config["dtype"],
-        "steps": f"{iteration:,}",
-        "training tokens": f"{samples * args.seq_length:,} ({samples:,} samples of {args.seq_length:,})",
-        "batch": f"{args.global_batch_size} samples",
-        "learning rate": f"{args.lr} to {args.min_lr}, {args.lr_decay_style}",
-        "layout": (
-            f"tensor {args.tensor_model_parallel_size} x pipeline {args.pipeline_model_parallel_size} "
-            f"x data {getattr(args, 'data_parallel_size', 1)}"
-        ),
-        "seed": str(args.seed),
+        **_training_rows(args, iteration),
         "tokenizer": str(getattr(args, "tokenizer_fingerprint", None) or "not recorded"),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -133,6 +124,25 @@ The method:
 {CITATION}
 ```
 """
+
+
+def _training_rows(args: argparse.Namespace, iteration: int) -> dict[str, str]:
+    """What happened to the weights before this folder was made."""
+    origin = {"origin": "imported from a Hugging Face folder"} if getattr(args, "hf_origin", None) else {}
+    if not iteration:
+        return origin | {"steps": "0: not trained since"}
+    samples = getattr(args, "consumed_train_samples", None) or iteration * args.global_batch_size
+    return origin | {
+        "steps": f"{iteration:,}",
+        "training tokens": f"{samples * args.seq_length:,} ({samples:,} samples of {args.seq_length:,})",
+        "batch": f"{args.global_batch_size} samples",
+        "learning rate": f"{args.lr} to {args.min_lr}, {args.lr_decay_style}",
+        "layout": (
+            f"tensor {args.tensor_model_parallel_size} x pipeline {args.pipeline_model_parallel_size} "
+            f"x data {getattr(args, 'data_parallel_size', 1)}"
+        ),
+        "seed": str(args.seed),
+    }
 
 
 def _parity_words(parity: Mapping[str, Any] | None) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,7 +221,9 @@ def build_saved_arguments(settings: dict[str, Any]) -> argparse.Namespace:
         settings: argument name (`dest`) to value; everything else is Megatron's default, or ours.
             Names that no flag has (`padded_vocab_size`) are taken as well.
     """
-    from megatron.training.arguments import add_megatron_arguments
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about fused kernels, which a conversion does not need
+        from megatron.training.arguments import add_megatron_arguments
 
     parser = add_ledom_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     args = parser.parse_args([])

@@ -1,0 +1,146 @@
+"""Whether a checkpoint's files are those that were saved: sizes and SHA-256 of each, written beside them.
+
+    iter_0000020/checksums.json   {"format_version": 1, "files": {"__0_0.distcp": {"bytes": ..., "sha256": "..."}, ...}}
+
+The list holds every file of the folder but itself. It finds what storage and copying do to
+files, not what somebody does on purpose: who can change a file can change its hash. A
+folder without a list (saved elsewhere, or while the run was killed) is not refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.errors import CheckpointError
+from megatron_ledom.files import HashingFile, sync_folder
+from megatron_ledom.log import Progress
+
+LIST_NAME = "checksums.json"
+FORMAT_VERSION = 1
+_BLOCK_BYTES = 8 * 2**20
+_QUIET_BYTES = 2**30
+"""Below this a progress line would be gone before it is read."""
+
+
+def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write the list of `folder`'s files.
+
+    Args:
+        folder: a finished step folder.
+        known: SHA-256 in hexadecimal by file name, of files that were hashed while they were written.
+
+    Raises:
+        CheckpointError: a file vanished meanwhile or cannot be read.
+        OutputError: the list cannot be written.
+    """
+    known = known or {}
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != LIST_NAME)
+    progress = _progress("hash", [path for path in paths if path.name not in known])
+    files = {}
+    for path in paths:
+        try:
+            sha256 = known.get(path.name) or hash_file(path, progress)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256}
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read for its checksum: {error}") from error
+    if progress:
+        progress.close()
+    temporary = folder / f".{LIST_NAME}.{os.getpid()}.partial"
+    temporary.unlink(missing_ok=True)
+    file = HashingFile(temporary)
+    try:
+        file.write(json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1).encode())
+        file.finish()
+        temporary.replace(folder / LIST_NAME)
+    finally:
+        file.abandon()
+        temporary.unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def read_checksums(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """Return file name to `bytes` and `sha256`; None where the folder has no list.
+
+    Raises:
+        CheckpointError: the list is damaged, of a later version, or names a file outside the folder.
+    """
+    path = folder / LIST_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version, files = content["format_version"], content["files"]
+        entries = {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format {version!r}, this version of megatron_ledom reads {FORMAT_VERSION}")
+    outside = [name for name in entries if Path(name).name != name or name in {"", ".", ".."}]
+    if outside:
+        raise CheckpointError(f"{path} is refused: it names {outside[0]!r}, outside the folder")
+    return entries
+
+
+def find_faults(folder: Path) -> list[str] | None:
+    """Compare every file with the list.
+
+    Returns:
+        What is wrong, one line a file ([]: nothing); None where the folder has no list.
+    """
+    entries = read_checksums(folder)
+    if entries is None:
+        return None
+    faults = []
+    progress = _progress("verify", [folder / name for name in entries if (folder / name).is_file()])
+    for name, entry in sorted(entries.items()):
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{path} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            faults.append(f"{path} has {path.stat().st_size:,} bytes, it was saved with {entry['bytes']:,}")
+        elif hash_file(path, progress) != entry["sha256"]:
+            faults.append(f"{path} has changed since it was saved: another SHA-256")
+    if progress:
+        progress.close()
+    added = sorted(p.name for p in folder.glob("*.distcp") if p.name not in entries)
+    return faults + [f"{folder / name} was not there when the checkpoint was saved" for name in added]
+
+
+def verify_checksums(folder: Path) -> bool:
+    """Refuse a checkpoint whose files are not those that were saved.
+
+    Returns:
+        Whether there was a list to compare with.
+
+    Raises:
+        CheckpointError: naming every file that differs.
+    """
+    faults = find_faults(folder)
+    if faults:
+        raise CheckpointError(
+            f"{folder} is damaged: {'; '.join(faults)}. Copy it again from where it was saved, or take an earlier step"
+        )
+    return faults is not None
+
+
+def hash_file(path: Path, progress: Progress | None = None) -> str:
+    """The SHA-256 of a file in hexadecimal; 8 MiB of it are in memory."""
+    digest = hashlib.sha256()
+    buffer = bytearray(_BLOCK_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+            if progress:
+                progress.update(count / 1e6)
+    return digest.hexdigest()
+
+
+def _progress(label: str, paths: list[Path]) -> Progress | None:
+    num_bytes = sum(path.stat().st_size for path in paths)
+    return Progress(label, num_bytes / 1e6, "MB") if num_bytes >= _QUIET_BYTES else None
