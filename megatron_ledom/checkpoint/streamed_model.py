@@ -49,8 +49,8 @@ class StreamedModel:
     Attributes:
         num_rows: rows of the vocabulary tables, padding included.
         stations: Megatron's name to the module, for every module whose output can be compared with another
-            implementation's: embedding, norms, attention and feed-forward of each layer. Outputs are
-            [S, B, hidden], or a tuple that begins with it.
+            implementation's, in the order in which they run: embedding, norms, attention and feed-forward of each
+            layer. Outputs are [S, B, hidden], or a tuple that begins with it.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class StreamedModel:
         self._output = tables.get(OUTPUT, self._embedding)  # absent where it is tied to the embedding
         self.num_rows = int(self._embedding.global_shape[0])
         decoder = self._model.decoder
+        self.stations = {"embedding": self._model.embedding}
         for index, layer in enumerate(decoder.layers):
             self._fetch_around(layer, f"decoder.layers.{index}.")
-        self._fetch_around(decoder.final_layernorm, "decoder.final_layernorm.")
-        self.stations = {"embedding": self._model.embedding, "decoder.final_layernorm": decoder.final_layernorm}
-        for index, layer in enumerate(decoder.layers):
             for name in ("input_layernorm", "self_attention", "pre_mlp_layernorm", "mlp"):
                 self.stations[f"decoder.layers.{index}.{name}"] = getattr(layer, name)
+        self._fetch_around(decoder.final_layernorm, "decoder.final_layernorm.")
+        self.stations["decoder.final_layernorm"] = decoder.final_layernorm
 
     def hidden_states(
         self, ids_model: torch.Tensor, *, on_embedding: Callable[[int, torch.Tensor], None] | None = None
@@ -135,6 +135,13 @@ class StreamedModel:
             set_parameter(layer, "weight", None)
             yield start, logits.transpose(0, 1).float()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights that one run reads, in the dtype of the weights."""
+        parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        again = self.num_rows * int(self._output.global_shape[1]) if self._output is self._embedding else 0
+        return (parameters + again) * self._weights_dtype.itemsize
+
     def _blocks(self, whole: Any) -> Iterator[tuple[int, torch.Tensor]]:
         """The rows of a vocabulary table, in blocks, in the dtype of the weights."""
         import torch
@@ -154,18 +161,15 @@ class StreamedModel:
         module.register_forward_hook(lambda *_: self._drop(module))
 
     def _fetch(self, module: Any, prefix: str) -> None:
-        import torch
         from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-        for name, parameter in list(module.named_parameters()):
-            set_parameter(module, name, torch.empty_like(parameter, device="cpu"))
         wanted = self._model.sharded_state_dict(metadata=self._metadata)
         for name, entry in wanted.items():
             if name.startswith(prefix) and not isinstance(entry, ShardedObject):  # the scales of 8-bit modules
-                with refuse_what_megatron_cannot_load(self._checkpoint), torch.no_grad():
+                with refuse_what_megatron_cannot_load(self._checkpoint):
                     values = self._load(entry).to(self._weights_dtype)
-                    module.get_parameter(name.removeprefix(prefix)).copy_(values)
                 self._on_read(values.nbytes)
+                set_parameter(module, name.removeprefix(prefix), values.to(self._compute_dtype))
 
     def _drop(self, module: Any) -> None:
         for name, parameter in list(module.named_parameters()):
@@ -174,22 +178,28 @@ class StreamedModel:
     def _load(self, entry: Any) -> torch.Tensor:
         """Read what one entry of Megatron's sharded state stands for, through its factory where it has one."""
         from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-        from megatron.core.dist_checkpointing.mapping import apply_factories, apply_factory_merges
+        from megatron.core.dist_checkpointing.mapping import (
+            ShardedTensorFactory,
+            apply_factories,
+            apply_factory_merges,
+        )
 
         state = {"entry": entry}
         apply_factories(state)
         loaded = dict_list_map_inplace(self._read, state)
-        if loaded["entry"] is not entry.data:  # the factory split the parameter: put it together again
+        if isinstance(entry, ShardedTensorFactory):  # it split the parameter: put it together again
             loaded = apply_factory_merges(loaded, {"entry": entry})
         values: torch.Tensor = loaded["entry"]
         return values
 
     def _read(self, part: Any) -> torch.Tensor:
-        """Read one `ShardedTensor` into the memory that it stands for."""
-        target: torch.Tensor = part.data
-        box = target.view((1,) * part.prepend_axis_num + tuple(part.local_shape))
+        """Read the box that one `ShardedTensor` stands for, in the dtype in which it is stored."""
+        import torch
+
+        values = torch.empty(tuple(part.local_shape), dtype=self._checkpoint.dtype(part.key))
+        box = values.view((1,) * part.prepend_axis_num + tuple(part.local_shape))
         self._reader.fill(box, part.key, part.global_shape, part.global_offset)
-        return target
+        return values
 
 
 def set_parameter(module: Any, name: str, values: torch.Tensor | None) -> None:

@@ -12,6 +12,7 @@ Source: `torch.distributed.checkpoint.state_dict_loader`, which calls the same f
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -72,20 +73,28 @@ class TorchReader:
             )
         try:
             plan = self._reader.prepare_local_plan(LoadPlan(items))
-            self._reader.read_data(plan, _planner(target)).wait()
+            self._reader.read_data(plan, _planner_class()(target)).wait()
         except Exception as error:  # a damaged file raises nearly anything
             raise CheckpointError(f"{self._folder}: {name} is damaged ({type(error).__name__}: {error})") from error
 
 
-def _planner(target: torch.Tensor) -> Any:
-    """Tell torch's reader where what it reads belongs: into `target`."""
+@functools.cache
+def _planner_class() -> Any:
+    """The class that tells torch's reader where what it reads belongs: into one tensor.
+
+    Made once: a class for each read would keep its tensor until the next collection of cycles.
+    """
     from torch.distributed.checkpoint import DefaultLoadPlanner
 
     class BoxPlanner(DefaultLoadPlanner):
-        def lookup_tensor(self, index: Any) -> torch.Tensor:
-            return target
+        def __init__(self, target: torch.Tensor) -> None:
+            super().__init__()
+            self._target = target
 
-    return BoxPlanner()
+        def lookup_tensor(self, index: Any) -> torch.Tensor:
+            return self._target
+
+    return BoxPlanner
 
 
 def _size(numbers: Sequence[int]) -> Any:
