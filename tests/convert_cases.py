@@ -102,10 +102,11 @@ def _build(folder: Path, tokenizer: Path) -> None:
         case = copy.copy(args)
         vars(case).update(BASE | changes)
         case.direction = DIRECTIONS.get(name, "reverse")
-        _save_case(folder / name, case, one_key_a_layer=name == "one_key_a_layer")
+        save_case(folder / name, case, one_key_a_layer=name == "one_key_a_layer")
 
 
-def _save_case(save: Path, args: argparse.Namespace, *, one_key_a_layer: bool) -> None:
+def save_case(save: Path, args: argparse.Namespace, *, one_key_a_layer: bool, std: float = 0.2) -> None:
+    """Save a model with random weights of that spread; norms are about 1."""
     import torch
     from megatron.core import dist_checkpointing
 
@@ -116,9 +117,8 @@ def _save_case(save: Path, args: argparse.Namespace, *, one_key_a_layer: bool) -
     model = build_megatron_model(args)
     with torch.no_grad():
         for parameter in model.parameters():  # wide weights and uneven norms: a swap of any two shows
-            fresh = (
-                1 + 0.2 * torch.randn(parameter.shape) if parameter.dim() == 1 else 0.2 * torch.randn(parameter.shape)
-            )
+            noise = std * torch.randn(parameter.shape)
+            fresh = 1 + noise if parameter.dim() == 1 else noise
             parameter.copy_(fresh)
     model = model.to(args.params_dtype)
     target = save / f"iter_{ITERATION:07d}"
