@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.engine.device import Device
-from megatron_ledom.engine.presets import PRESETS, get_preset
+from megatron_ledom.engine.presets import BOOKKEEPING, PRESETS, get_preset
 from megatron_ledom.errors import UsageError
 
 CPU_DEFAULTS: dict[str, Any] = {
@@ -131,7 +132,7 @@ def build_defaults(
             supersede some preset defaults).
         model: arguments that a checkpoint decides.
     """
-    defaults = dict(get_preset(front.preset).settings) if front.preset else {}
+    defaults = dict(get_preset(front.preset).settings if front.preset else BOOKKEEPING)
     defaults |= model or {}
     if "data_path" not in named and {"train_data_path", "mock_data"} & named:
         defaults.pop("split", None)
@@ -189,7 +190,8 @@ def set_megatron_arguments(
         try:
             args: argparse.Namespace = parse_and_validate_args(_extra_arguments(argv, device, model))
         except AssertionError as error:
-            raise UsageError(f"Megatron refuses these arguments: {error or 'see the assertion above'}") from error
+            reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # some assertions have no words
+            raise UsageError(f"Megatron refuses these arguments: {reason}") from error
     args.run_dir = str(args.run_dir)
     args.device = device
     return args
@@ -262,7 +264,10 @@ def _check_required(args: argparse.Namespace) -> None:
     if args.run_dir is None:
         raise UsageError("--run-dir RUN is missing: it says where configuration, logs and checkpoints go")
     if args.preset is None and args.num_layers is None:
-        raise UsageError(f"no model: give --preset {'|'.join(PRESETS)} or Megatron's model flags (--num-layers ...)")
+        raise UsageError(
+            f"no model: give --preset {'|'.join(PRESETS)}, {USE_CHECKPOINT} with a checkpoint, or Megatron's model flags "
+            "(--num-layers ...)"
+        )
     if not args.mock_data and args.tokenizer_type is None:
         raise UsageError("--tokenizer-type is missing: name the one the data was made with (it is in its manifest)")
 

@@ -42,6 +42,7 @@ OPTIMIZATION: dict[str, Any] = {
 }
 
 BOOKKEEPING: dict[str, Any] = {
+    # Holds for runs without a preset too.
     # A checkpoint must load at any layout: the optimizer's default sharding reshards over DP only.
     "ckpt_format": "torch_dist",
     "dist_ckpt_optim_fully_reshardable": True,
@@ -49,6 +50,8 @@ BOOKKEEPING: dict[str, Any] = {
     # Data: no mask tensors through the loader, the attention is causal in the order of the data.
     "create_attention_mask_in_dataloader": False,
     "split": "99,1,0",
+    "eval_interval": 1000,  # Megatron needs both, and has no defaults
+    "save_interval": 1000,
     "log_throughput": True,
     "log_validation_ppl_to_tensorboard": True,
     "log_memory_to_tensorboard": True,
@@ -116,9 +119,7 @@ LARGE: dict[str, Any] = COMMON | {
     "bf16": True,
     "overlap_grad_reduce": True,
     "overlap_param_gather": True,
-    "eval_interval": 1000,
     "eval_iters": 20,
-    "save_interval": 1000,
     "log_interval": 10,
     "num_workers": 2,
 }
