@@ -4,8 +4,9 @@ Run as a program, in a process of its own, because Megatron on the CPU needs pat
 
     python tests/parity_cases.py compare JOBS                      the reports of many comparisons, as JSON on stdout
     python tests/parity_cases.py deep FOLDER TOKENIZER NUM_LAYERS  a --save folder of a deep model in bfloat16
+    python tests/parity_cases.py streamed SAVE...                  the streamed model beside the whole one, as JSON
 
-JOBS is a JSON file: a list of keyword arguments of `parity.compare`.
+JOBS is a JSON file: a list of keyword arguments of `parity_compare.compare`.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def run_program(*arguments: object) -> str:
 
 
 def compare_all(jobs: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
-    """Run `parity.compare` on every job in one new process; return the reports in order."""
+    """Run `parity_compare.compare` on every job in one new process; return the reports in order."""
     path = scratch / "jobs.json"
     path.write_text(json.dumps(jobs, default=str))
     reports: list[dict[str, Any]] = json.loads(run_program("compare", path).splitlines()[-1])
@@ -142,7 +143,7 @@ def compare_all(jobs: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any
 
 
 def _compare(path: str) -> None:
-    from megatron_ledom.convert.parity import compare
+    from megatron_ledom.convert.parity_compare import compare
     from megatron_ledom.direction import Direction
 
     reports = []
@@ -151,6 +152,32 @@ def _compare(path: str) -> None:
         folders = [Path(job.pop(name)) for name in ("checkpoint_folder", "hf_folder")]
         reports.append(compare(*folders, **direction, **job))
     print(json.dumps(reports))
+
+
+def _compare_streamed(*saves: str) -> None:
+    """Largest difference of the streamed model's logits, and which of its parameters still hold memory afterwards."""
+    import torch
+
+    from megatron_ledom.checkpoint import Checkpoint, streamed_model
+    from megatron_ledom.checkpoint.model import load_megatron_model
+
+    streamed_model.BLOCK_BYTES = 4 * 48 * 250  # blocks of 250 rows, the last one shorter
+    ids = torch.randint(0, 1024, (2, 40), generator=torch.Generator().manual_seed(1))
+    report = {}
+    for save in saves:
+        checkpoint = Checkpoint.open(save)
+        with torch.no_grad():
+            whole = load_megatron_model(checkpoint)(ids, torch.arange(40).expand_as(ids), None).float()
+        num_read = []
+        model = streamed_model.StreamedModel(checkpoint, on_read=num_read.append)
+        blocks = [logits for _, logits in model.logit_blocks(model.hidden_states(ids))]
+        report[Path(save).name] = {
+            "difference": (torch.cat(blocks, -1) - whole).abs().max().item(),
+            "blocks": len(blocks),
+            "bytes": [sum(num_read), model.num_bytes],
+            "held": [name for name, parameter in model._model.named_parameters() if not parameter.is_meta],
+        }
+    print(json.dumps(report))
 
 
 def _build_deep(folder: str, tokenizer: str, num_layers: str) -> None:
@@ -169,4 +196,4 @@ def _build_deep(folder: str, tokenizer: str, num_layers: str) -> None:
 
 
 if __name__ == "__main__":  # the checkpoint writer starts processes that import this file
-    {"compare": _compare, "deep": _build_deep}[sys.argv[1]](*sys.argv[2:])
+    {"compare": _compare, "deep": _build_deep, "streamed": _compare_streamed}[sys.argv[1]](*sys.argv[2:])

@@ -15,6 +15,7 @@ The whole model at once, for training or gradients, is `model.load_megatron_mode
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ class StreamedModel:
 
     Attributes:
         num_rows: rows of the vocabulary tables, padding included.
+        num_bytes: of weights that one run reads, in the dtype of the weights; a tied table is read twice.
         stations: Megatron's name to the module, for every module whose output can be compared with another
             implementation's, in the order in which they run: embedding, norms, attention and feed-forward of each
             layer. Outputs are [S, B, hidden], or a tuple that begins with it.
@@ -72,6 +74,9 @@ class StreamedModel:
         self._embedding = tables[EMBEDDING]
         self._output = tables.get(OUTPUT, self._embedding)  # absent where it is tied to the embedding
         self.num_rows = int(self._embedding.global_shape[0])
+        num_elements = sum(parameter.numel() for parameter in self._model.parameters())
+        num_elements += self._model.share_embeddings_and_output_weights * math.prod(self._embedding.global_shape)
+        self.num_bytes = num_elements * self._weights_dtype.itemsize
         decoder = self._model.decoder
         self.stations = {"embedding": self._model.embedding}
         for index, layer in enumerate(decoder.layers):
@@ -134,13 +139,6 @@ class StreamedModel:
                 logits = layer(hidden)[0]
             set_parameter(layer, "weight", None)
             yield start, logits.transpose(0, 1).float()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of weights that one run reads, in the dtype of the weights."""
-        parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        again = self.num_rows * int(self._output.global_shape[1]) if self._output is self._embedding else 0
-        return (parameters + again) * self._weights_dtype.itemsize
 
     def _blocks(self, whole: Any) -> Iterator[tuple[int, torch.Tensor]]:
         """The rows of a vocabulary table, in blocks, in the dtype of the weights."""

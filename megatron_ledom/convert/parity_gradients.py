@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from megatron_ledom.checkpoint import Checkpoint
     from megatron_ledom.convert.parity_hf import StreamedLlama
 
-GRADIENT_TOLERANCE = 1e-3
-"""Largest |difference| over the largest element of the same gradient. Models of the tests are below 3e-6."""
+GRADIENT_TOLERANCE = 1e-4
+"""Largest |difference| over the largest element of the same gradient. Small models of the tests are below 3e-6, a
+trained one of 134 M parameters is at 7e-6."""
 
 
 def save_hf_gradients(llama: StreamedLlama, ids_model: torch.Tensor, path: Path) -> float:

@@ -34,6 +34,7 @@ class StreamedLlama:
 
     Attributes:
         model: the `LlamaForCausalLM`, on the meta device.
+        num_parameters: elements of all its parameters; tied ones count once.
         stations: name to module, for every module whose output can be compared with another
             implementation's, in the order in which they run. Outputs are [B, S, hidden], or a tuple that
             begins with it.
@@ -57,6 +58,7 @@ class StreamedLlama:
         self._weights = HfWeights.open(folder)
         self.model = _build_on_meta(folder, self._compute_dtype)
         self._is_tied = bool(self.model.config.tie_word_embeddings)
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self._check_tensors()
         llama = self.model.model
         # Looked up in the stored dtype, then widened: the same numbers, for a half or a quarter of the memory.
@@ -126,15 +128,10 @@ class StreamedLlama:
         """
         model = _build_on_meta(self._folder, self._compute_dtype)
         for name, _ in list(model.named_parameters()):
-            set_parameter(model, name, self._read(name).to(self._weights_dtype).to(self._compute_dtype))
+            set_parameter(model, name, self._weights.read(name).to(self._weights_dtype).to(self._compute_dtype))
         if self._is_tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model.requires_grad_(True)
-
-    @property
-    def num_parameters(self) -> int:
-        """Elements of all parameters; tied ones count once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def num_bytes(self) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert_cases import VOCAB_SIZE
+from convert_cases import CASES, VOCAB_SIZE
 from parity_cases import DAMAGES, DEEP_LAYER_BYTES, MISFITS, compare_all, damage, run_program
 
 from megatron_ledom.convert.hf import ExportOptions, export_checkpoint
@@ -132,11 +132,22 @@ def test_progress_reaches_the_terminal_and_nothing_else_does(
     lines = capfd.readouterr().err.splitlines()
     assert [line.split(":")[1].strip() for line in lines] == [
         "transformers, computing in float32",
+        "transformers, computing in float32, gradients",
         "transformers, computing in bfloat16",
         "Megatron, computing in float32",
         "Megatron, computing in bfloat16",
+        "Megatron, computing in float32, gradients",
     ]
     assert all("MB/s" in line for line in lines)
+
+
+def test_the_streamed_model_is_the_whole_one(cases: Path) -> None:
+    """Layers stacked or not, tied or not, vocabulary in blocks: the same numbers to the last bit."""
+    report = json.loads(run_program("streamed", *(cases / name for name in CASES)).splitlines()[-1])
+    assert set(report) == set(CASES)
+    for name, found in report.items():
+        assert found["difference"] == 0 and found["held"] == [], name
+        assert found["blocks"] == 5 and found["bytes"][0] == found["bytes"][1], name
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, tokenizer_folder: Path) -> None:
