@@ -7,13 +7,12 @@ would run whatever they hold.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ledom.convert.safetensors_file import INDEX_NAME
-from megatron_ledom.convert.safetensors_reader import MAX_HEADER_BYTES, Entry, read_header, read_tensor
+from megatron_ledom.convert.safetensors_reader import MAX_HEADER_BYTES, Entry, parse_json, read_header, read_tensor
 from megatron_ledom.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -79,7 +78,8 @@ class HfWeights:
         Raises:
             CheckpointError: there is none of that name, or its file has changed.
         """
-        return read_tensor(self.files[name], name, self._entry(name))
+        entry = self._entry(name)
+        return read_tensor(self.files[name], name, entry)
 
     @property
     def nbytes(self) -> int:
@@ -105,10 +105,10 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     if (folder / SINGLE_NAME).exists():
         raise CheckpointError(f"{folder} holds {SINGLE_NAME} and {INDEX_NAME}: which of them counts is not clear")
     try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path} is refused: {path.stat().st_size:,} bytes")
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if not path.is_file() or path.stat().st_size > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path} is refused: no file, or too large for an index")
+        weight_map = parse_json(path, path.read_bytes())["weight_map"]
+    except (OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: it should hold a weight_map ({error!r})") from error
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{path} is damaged: its weight_map should give a file for every tensor")
@@ -139,14 +139,19 @@ def _inside(folder: Path, name: str) -> Path:
     the folder itself is in that cache, that is, if both have a parent of the name `models--*` in common.
     """
     if Path(name).name != name or name in {"", ".", ".."} or not name.endswith(".safetensors"):
-        raise CheckpointError(f"{folder / INDEX_NAME} is refused: it names the file {name!r}, outside the folder")
+        raise CheckpointError(f"{folder / INDEX_NAME} is refused: it names the file {name[:200]!r}, outside the folder")
     path = folder / name
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing: the folder was not copied whole")
-    real, home = path.resolve(), folder.resolve()
+    try:
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing: the folder was not copied whole")
+        real, home = path.resolve(), folder.resolve()
+    except OSError as error:  # a name that no file system takes
+        raise CheckpointError(f"{folder / INDEX_NAME} is refused: it names {name[:80]!r} ({error.strerror})") from error
     roots = [home, *(parent for parent in home.parents if parent.name.startswith("models--"))]
-    if not any(real.is_relative_to(root) for root in roots) or not real.is_file():
+    if not any(real.is_relative_to(root) for root in roots):
         raise CheckpointError(f"{path} is refused: it leads to {real}, outside the folder")
+    if not real.is_file():
+        raise CheckpointError(f"{path} is refused: it is no file")
     return path
 
 

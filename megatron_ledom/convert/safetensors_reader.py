@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100 * 10**6
 """The format's own limit. A 7B's header has 30 kB a shard."""
+MAX_AXES = 16
+"""More than any weight has; a bound on what a hostile header can have us multiply."""
+_COUNT_LIMIT = 2**56  # of elements; times eight bytes it still fits into what torch counts with
 DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -119,34 +123,50 @@ def _forget(descriptor: int, entry: Entry) -> None:
         os.posix_fadvise(descriptor, entry.start, entry.num_bytes, os.POSIX_FADV_DONTNEED)
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
+def parse_json(path: Path, text: bytes) -> Any:
+    """Read JSON that nobody vouches for.
+
+    Raises:
+        CheckpointError: it is no JSON, nested too deeply, or names something twice.
+    """
+
     def refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twin = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path} is refused: its header names {twin!r} twice")
+            twin, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise CheckpointError(f"{path} is refused: it names {twin!r} twice")
         return found
 
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=refuse_twins)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=refuse_twins)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is damaged: its header is a {type(header).__name__}, expected an object")
-    header.pop("__metadata__", None)
+        raise CheckpointError(f"{path} is damaged or of another kind: this is not JSON ({error})") from error
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    header = parse_json(path, text)
+    if not isinstance(header, dict) or not text.startswith(b"{"):
+        raise CheckpointError(f"{path} is damaged: its header is {_brief(header)}, expected an object")
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        raise CheckpointError(f"{path} is damaged: __metadata__ should hold strings, found {_brief(notes)}")
     return header
 
 
 def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
+    if not name.isprintable():
+        raise CheckpointError(f"{path} is refused: {_brief(name)} is no name of a tensor")
     where = f"{path}: {name}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where} is damaged: expected dtype, shape and data_offsets, found {str(value)[:80]}")
+        raise CheckpointError(f"{where} is damaged: expected dtype, shape and data_offsets, found {_brief(value)}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{where} has dtype {dtype!r}, which is not read; known ones: {', '.join(DTYPES)}")
+        raise CheckpointError(f"{where} has dtype {_brief(dtype)}, which is not read; known ones: {', '.join(DTYPES)}")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} is damaged: shape {shape!r} at bytes {offsets!r}"[:400])
+        raise CheckpointError(f"{where} is damaged: shape {_brief(shape)} at bytes {_brief(offsets)}")
+    # An axis of no elements must not hide others that no machine can count.
+    if len(shape) > MAX_AXES or math.prod(n for n in shape if n) >= _COUNT_LIMIT:
+        raise CheckpointError(f"{where} is refused: shape {_brief(shape)}")
     import torch
 
     expected, given = math.prod(shape) * getattr(torch, DTYPES[dtype]).itemsize, offsets[1] - offsets[0]
@@ -157,8 +177,16 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
     return Entry(DTYPES[dtype], tuple(shape), data_start + offsets[0], expected)
 
 
+def _brief(value: Any) -> str:
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a nested {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**62 for n in values)
+    return isinstance(values, list) and all(type(n) is int and 0 <= n < _COUNT_LIMIT for n in values)
 
 
 def _check_layout(path: Path, entries: dict[str, Entry], data_start: int, size: int) -> None:
