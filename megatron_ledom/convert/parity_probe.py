@@ -19,7 +19,8 @@ from megatron_ledom.errors import ParityError
 if TYPE_CHECKING:
     import torch
 
-MAX_LENGTH = 256
+MAX_LENGTH = 128
+"""Positions of a row: what a 7B's comparison computes, and so most of its time, is proportional to them."""
 SENTENCES = (
     "What came before this sentence?",
     "The reverse model reads a document from its last token to its first.",
