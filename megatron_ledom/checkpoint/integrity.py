@@ -95,20 +95,27 @@ def find_faults(folder: Path) -> list[str] | None:
     entries = read_checksums(folder)
     if entries is None:
         return None
-    faults = []
     progress = _progress("verify", [folder / name for name in entries if (folder / name).is_file()])
-    for name, entry in sorted(entries.items()):
-        path = folder / name
-        if not path.is_file():
-            faults.append(f"{path} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            faults.append(f"{path} has {path.stat().st_size:,} bytes, it was saved with {entry['bytes']:,}")
-        elif hash_file(path, progress) != entry["sha256"]:
-            faults.append(f"{path} has changed since it was saved: another SHA-256")
+    faults = [fault for name, entry in sorted(entries.items()) if (fault := _fault(folder / name, entry, progress))]
     if progress:
         progress.close()
     added = sorted(p.name for p in folder.glob("*.distcp") if p.name not in entries)
     return faults + [f"{folder / name} was not there when the checkpoint was saved" for name in added]
+
+
+def _fault(path: Path, entry: dict[str, Any], progress: Progress | None) -> str | None:
+    try:
+        if not path.is_file():
+            return f"{path} is missing"
+        num_bytes = path.stat().st_size
+        if num_bytes != entry["bytes"]:
+            return f"{path} has {num_bytes:,} bytes, it was saved with {entry['bytes']:,}"
+        found = hash_file(path, progress)
+    except OSError as error:
+        return f"{path} cannot be read ({error})"
+    if found != entry["sha256"]:
+        return f"{path} has changed since it was saved: its SHA-256 is {found[:12]}..., was {entry['sha256'][:12]}..."
+    return None
 
 
 def verify_checksums(folder: Path) -> bool:

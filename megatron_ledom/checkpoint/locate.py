@@ -22,8 +22,10 @@ from megatron_ledom.errors import CheckpointError
 TRACKER = "latest_checkpointed_iteration.txt"
 INDEX = ".metadata"
 SEAL = "metadata.json"
+BACKEND_VERSION = 1
 RELEASE = "release"
 """Megatron's word, in the tracker and as a folder's name, for weights that no run saved: no optimizer, iteration 0."""
+_TRACKER_CHARACTERS = 100
 _STEP_FOLDER = re.compile(r"iter_(\d{7,})")
 
 
@@ -63,10 +65,11 @@ def _latest(path: Path) -> Path:
     tracker = path / TRACKER
     if not tracker.is_file():
         raise CheckpointError(_why_no_tracker(path))
-    word = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    folder = path / (RELEASE if word == RELEASE else f"iter_{word:0>7}")
-    if word != RELEASE and not (word.isascii() and word.isdigit()):
+    with tracker.open(encoding="utf-8", errors="replace") as file:
+        word = file.read(_TRACKER_CHARACTERS).strip()
+    if word != RELEASE and not (word.isascii() and word.isdigit() and len(word) < _TRACKER_CHARACTERS // 2):
         raise CheckpointError(f"{tracker} holds {word[:40]!r}, where the number of an iteration should be")
+    folder = path / (RELEASE if word == RELEASE else f"iter_{word:0>7}")
     if not folder.is_dir():
         raise CheckpointError(
             f"{tracker} names step {word}, but {folder.name} is not there; finished steps: "
@@ -101,11 +104,16 @@ def _check_finished(folder: Path) -> Path:
         )
     seal = folder / SEAL
     try:
-        backend = json.loads(seal.read_text(encoding="utf-8"))["sharded_backend"]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(seal.read_text(encoding="utf-8"))
+        backend, version = content["sharded_backend"], content.get("sharded_backend_version", BACKEND_VERSION)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{seal} is damaged: it should name a sharded_backend ({error})") from error
     if backend != "torch_dist":
         raise CheckpointError(f"{folder} is in format {backend!r}; this reads torch_dist (--ckpt-format torch_dist)")
+    if not isinstance(version, int) or version > BACKEND_VERSION:
+        raise CheckpointError(
+            f"{seal} says torch_dist version {version!r}, this version of megatron_ledom reads {BACKEND_VERSION}"
+        )
     return folder
 
 

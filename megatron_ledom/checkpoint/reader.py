@@ -21,10 +21,13 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import math
+import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from megatron_ledom.checkpoint.locate import INDEX, find_checkpoint
 from megatron_ledom.checkpoint.unpickle import load_index, load_object
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 COMMON_STATE = "common_state/shard_0_1"
 """The name of the object that holds the arguments and the iteration."""
+CHECKPOINT_VERSION = 3.0
+"""Megatron's number for the meaning of its keys; later ones are refused."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +103,12 @@ class Checkpoint:
         """
         folder = find_checkpoint(Path(path), step)
         index = load_index(folder / INDEX)
-        stored = {(key.fqn, _axes(key.offset)): _stored_bytes(info, folder) for key, info in index.storage_data.items()}
-        _check_files(folder, list(stored.values()))
-        tensors: dict[str, StoredTensor] = {}
-        objects: set[str] = set()
-        for name, entry in index.state_dict_metadata.items():
-            if hasattr(entry, "chunks"):
-                tensors[name] = _stored_tensor(name, entry, stored, folder)
-            else:
-                objects.add(name)
+        try:
+            stored, tensors, objects = _read_index(index, folder)
+        except CheckpointError:
+            raise
+        except Exception as error:  # its records may hold anything in place of their numbers
+            raise CheckpointError(f"{folder / INDEX} is damaged ({type(error).__name__}: {error})") from error
         common = _load_common(folder, stored)
         return cls(folder, common["args"], int(common["iteration"]), tensors, frozenset(objects))
 
@@ -158,6 +160,32 @@ class Checkpoint:
         rest = tensor.shape[1:]
         return self._read_box(tensor, (index, *(0 for _ in rest)), (1, *rest))[0]
 
+    def boxes(self, name: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """How `name` is cut in the files: (offsets, sizes) of each part, which `read_box` reads one at a time."""
+        return [(chunk.offsets, chunk.sizes) for chunk in self._stored(name).chunks]
+
+    def check_chunks(self, name: str) -> None:
+        """Refuse a tensor whose chunks overlap or leave a part of it out; nothing is read.
+
+        Raises:
+            CheckpointError: there is none of that name, or its chunks do not fit.
+        """
+        tensor = self._stored(name)
+        self._parts(tensor, (0,) * len(tensor.shape), tensor.shape)
+
+    def read_box(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """Read a box of `name`; only the chunks that overlap it are opened.
+
+        Args:
+            name: of a tensor.
+            offsets: where the box begins, an element for each axis.
+            sizes: of the box.
+
+        Raises:
+            CheckpointError: there is none of that name, or the chunks do not hold the box.
+        """
+        return self._read_box(self._stored(name), tuple(offsets), tuple(sizes))
+
     def _stored(self, name: str) -> StoredTensor:
         try:
             return self.tensors[name]
@@ -168,14 +196,7 @@ class Checkpoint:
         """Put together the box of `tensor` that starts at `offsets`, from the chunks that overlap it."""
         import torch
 
-        overlaps = ((chunk, _overlap(chunk, offsets, sizes)) for chunk in tensor.chunks)
-        parts = [(chunk, common) for chunk, common in overlaps if common is not None]
-        num_stored = sum(math.prod(hi - lo for lo, hi in common) for _, common in parts)
-        if num_stored != math.prod(sizes):  # before anything is allocated: the index may claim any shape
-            raise CheckpointError(
-                f"{self.folder}: the chunks of {tensor.name} hold {num_stored} of the {math.prod(sizes)} elements "
-                f"of the box {list(sizes)} at {list(offsets)}"
-            )
+        parts = self._parts(tensor, offsets, sizes)  # before anything is allocated: the index may claim any shape
         if len(parts) == 1 and parts[0][0].sizes == sizes:
             return self._read_chunk(tensor, parts[0][0])  # the usual case at TP 1: no copy
         box = torch.empty(sizes, dtype=tensor.dtype)
@@ -185,6 +206,31 @@ class Checkpoint:
             box[target] = self._read_chunk(tensor, chunk)[source]
         return box
 
+    def _parts(
+        self, tensor: StoredTensor, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> list[tuple[Chunk, list[tuple[int, int]]]]:
+        """The chunks that the box needs, each with what it shares with it; refused unless they fill it once."""
+        if len(offsets) != len(sizes) or len(sizes) != len(tensor.shape):
+            raise CheckpointError(
+                f"{self.folder}: {tensor.name} has shape {list(tensor.shape)}, a box {list(sizes)} at {list(offsets)} "
+                "was asked for"
+            )
+        overlaps = ((chunk, _overlap(chunk, offsets, sizes)) for chunk in tensor.chunks)
+        parts = [(chunk, common) for chunk, common in overlaps if common is not None]
+        for (one, _), (other, _) in itertools.combinations(parts, 2):
+            if _overlap(one, other.offsets, other.sizes) is not None:
+                raise CheckpointError(
+                    f"{self.folder}: two chunks of {tensor.name} overlap, at {list(one.offsets)} and "
+                    f"{list(other.offsets)}"
+                )
+        num_stored = sum(math.prod(hi - lo for lo, hi in common) for _, common in parts)
+        if num_stored != math.prod(sizes):
+            raise CheckpointError(
+                f"{self.folder}: the chunks of {tensor.name} hold {num_stored} of the {math.prod(sizes)} elements "
+                f"of the box {list(sizes)} at {list(offsets)}"
+            )
+        return parts
+
     def _read_chunk(self, tensor: StoredTensor, chunk: Chunk) -> torch.Tensor:
         import torch
 
@@ -192,6 +238,8 @@ class Checkpoint:
         where = f"{self.folder / stored.file_name}: {tensor.name} at byte {stored.start}"
         with _FileSlice(self.folder / stored.file_name, stored.start, stored.length) as file:
             try:
+                _check_archive(file, math.prod(chunk.sizes) * tensor.dtype.itemsize)
+                file.seek(0)
                 values = torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:  # a damaged file raises nearly anything
                 raise CheckpointError(f"{where} is damaged ({type(error).__name__}: {error})") from error
@@ -241,6 +289,29 @@ class _FileSlice(io.RawIOBase):
         super().close()
 
 
+def _check_archive(file: io.RawIOBase, num_bytes: int) -> None:
+    """Refuse a chunk whose archive holds fewer bytes than its tensor: torch believes the pickled number of elements."""
+    with zipfile.ZipFile(cast("IO[bytes]", file)) as archive:
+        records = [record for record in archive.infolist() if Path(record.filename).parent.name == "data"]
+        if len(records) != 1 or records[0].compress_type != zipfile.ZIP_STORED or records[0].file_size < num_bytes:
+            found = ", ".join(f"{record.filename} of {record.file_size} bytes" for record in records[:3])
+            raise ValueError(f"{num_bytes} bytes should be in one record, found {found or 'none'}")
+
+
+def _read_index(index: Any, folder: Path) -> tuple[dict[Any, StoredBytes], dict[str, StoredTensor], set[str]]:
+    """Turn torch's records into ours: places, tensors and the names of objects."""
+    stored = {(key.fqn, _axes(key.offset)): _stored_bytes(info, folder) for key, info in index.storage_data.items()}
+    _check_files(folder, list(stored.values()))
+    tensors: dict[str, StoredTensor] = {}
+    objects: set[str] = set()
+    for name, entry in index.state_dict_metadata.items():
+        if hasattr(entry, "chunks"):
+            tensors[name] = _stored_tensor(name, entry, stored, folder)
+        else:
+            objects.add(name)
+    return stored, tensors, objects
+
+
 def _axes(size: Any) -> tuple[int, ...] | None:
     return None if size is None else tuple(int(n) for n in size)
 
@@ -261,8 +332,11 @@ def _check_files(folder: Path, stored: list[StoredBytes]) -> None:
         if part.start < 0 or part.length < 0:
             raise CheckpointError(f"{folder / INDEX} is damaged: {part}")
         needed[part.file_name] = max(needed.get(part.file_name, 0), part.start + part.length)
+    home = folder.resolve()
     for name, num_bytes in sorted(needed.items()):
         path = folder / name
+        if path.is_symlink() and path.resolve().parent != home:
+            raise CheckpointError(f"{path} is refused: it leads to {path.resolve()}, outside the checkpoint")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the checkpoint was not copied whole, or not saved whole")
         found = path.stat().st_size
@@ -271,18 +345,23 @@ def _check_files(folder: Path, stored: list[StoredBytes]) -> None:
 
 
 def _stored_tensor(name: str, entry: Any, stored: dict[Any, StoredBytes], folder: Path) -> StoredTensor:
+    import torch
+
     shape = tuple(int(n) for n in entry.size)
+    dtype = entry.properties.dtype
+    if min(shape, default=0) < 0 or not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{folder / INDEX} is damaged: {name} has shape {list(shape)} and dtype {dtype!r}")
     chunks = []
     for box in entry.chunks:
         offsets, sizes = tuple(map(int, box.offsets)), tuple(map(int, box.sizes))
         place = stored.get((name, offsets))
         fits = len(offsets) == len(sizes) == len(shape) and all(
-            o >= 0 and o + n <= total for o, n, total in zip(offsets, sizes, shape, strict=True)
+            o >= 0 <= n and o + n <= total for o, n, total in zip(offsets, sizes, shape, strict=True)
         )
-        if place is None or not fits or math.prod(sizes) * entry.properties.dtype.itemsize > place.length:
+        if place is None or not fits or math.prod(sizes) * dtype.itemsize > place.length:
             raise CheckpointError(f"{folder / INDEX} is damaged: {name} {list(shape)} has a chunk at {list(offsets)}")
         chunks.append(Chunk(offsets, sizes, place))
-    return StoredTensor(name, shape, entry.properties.dtype, tuple(chunks))
+    return StoredTensor(name, shape, dtype, tuple(chunks))
 
 
 def _overlap(chunk: Chunk, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[tuple[int, int]] | None:
@@ -309,6 +388,12 @@ def _load_common(folder: Path, stored: dict[Any, StoredBytes]) -> dict[str, Any]
     common = saved[0] if isinstance(saved, list) and saved else saved
     if not isinstance(common, dict) or not isinstance(common.get("args"), argparse.Namespace):
         raise CheckpointError(f"{where} holds no arguments of a run")
+    version = common.get("checkpoint_version", CHECKPOINT_VERSION)
+    if not isinstance(version, int | float) or version > CHECKPOINT_VERSION:
+        raise CheckpointError(
+            f"{where} has checkpoint_version {version!r}, this version of megatron_ledom reads up to "
+            f"{CHECKPOINT_VERSION}"
+        )
     if not isinstance(common.get("iteration"), int):
         raise CheckpointError(f"{where} holds no iteration")
     return common

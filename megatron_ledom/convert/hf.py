@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ledom import __version__
 from megatron_ledom.checkpoint import Checkpoint
+from megatron_ledom.checkpoint.integrity import verify_checksums
 from megatron_ledom.convert import names, tensors
 from megatron_ledom.convert.llama_config import (
     AttentionShape,
@@ -106,6 +107,7 @@ def export_checkpoint(
     options = options or ExportOptions()
     check_output(output, overwrite=options.overwrite)
     checkpoint = Checkpoint.open(load, step)
+    verify_checksums(checkpoint.folder)
     direction, where = checkpoint.direction, str(checkpoint.folder)
     check_is_llama(checkpoint.args, where=where)
     tokenizer = find_tokenizer(checkpoint.args, checkpoint.folder, options.tokenizer)

@@ -98,6 +98,13 @@ def add_ledom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="holds run.json, checkpoints/, tensorboard/ and tokenizer/; a run that has checkpoints there continues. "
         "Sets --save, --load and --tensorboard-dir, each of which can still be given",
     )
+    group.add_argument(
+        "--no-verify-checkpoint",
+        action="store_false",
+        dest="verify_checkpoint",
+        help="load without comparing the files with the checksums written at save; comparing reads them once more on "
+        "rank 0, which takes minutes for a large model",
+    )
     return parser
 
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.checkpoint import Checkpoint
+from megatron_ledom.checkpoint.integrity import LIST_NAME, verify_checksums
 from megatron_ledom.checkpoint.locate import RELEASE
 from megatron_ledom.data.dataset import check_datasets
 from megatron_ledom.data.manifest import Manifest
 from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction, check_same_direction
-from megatron_ledom.errors import TokenizerMismatchError, UsageError
+from megatron_ledom.errors import CheckpointError, TokenizerMismatchError, UsageError
+from megatron_ledom.log import get_logger
 
 
 def data_prefixes(args: argparse.Namespace) -> list[str]:
@@ -74,7 +76,7 @@ def check_run(args: argparse.Namespace) -> RunFacts:
     Raises:
         InputError: a dataset is missing or damaged.
         DirectionError, TokenizerMismatchError: with both facts.
-        CheckpointError: `--load` names a folder without a finished checkpoint.
+        CheckpointError: `--load` names a folder without a finished checkpoint, or one that is damaged.
     """
     direction = Direction.parse(args.direction, where="--direction")
     prefixes = data_prefixes(args)
@@ -90,6 +92,9 @@ def check_run(args: argparse.Namespace) -> RunFacts:
         flag: check_checkpoint(flag, path, step=args.ckpt_step, direction=direction, fingerprint=fingerprint)
         for flag, path in _checkpoints_to_load(args)
     }
+    if args.verify_checkpoint and args.rank == 0:  # when one rank ends, the launcher ends the others
+        for checkpoint in checkpoints.values():
+            check_integrity(checkpoint.folder)
     return RunFacts(tokenizer, manifests, checkpoints)
 
 
@@ -130,6 +135,20 @@ def check_checkpoint(
             "Use the tokenizer of the checkpoint (its folder is copied to RUN/tokenizer)"
         )
     return checkpoint
+
+
+def check_integrity(folder: Path) -> None:
+    """Refuse a checkpoint whose files are not those that were saved; say it where that is not known.
+
+    Raises:
+        CheckpointError: naming the files.
+    """
+    try:
+        has_list = verify_checksums(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (--no-verify-checkpoint loads it unchecked)") from error
+    if not has_list:
+        get_logger(__name__).info("%s has no %s: its files are taken as they are", folder, LIST_NAME)
 
 
 def check_schedule(args: argparse.Namespace, written: argparse.Namespace) -> None:

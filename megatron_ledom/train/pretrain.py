@@ -28,6 +28,7 @@ from megatron_ledom.engine.device import resolve_device
 from megatron_ledom.log import get_logger
 from megatron_ledom.train.guards import check_run, check_schedule
 from megatron_ledom.train.run_directory import record_launch
+from megatron_ledom.train.saved_hashes import SavedHashes
 from megatron_ledom.train.starting_point import check_same_model, model_from_checkpoint, vocabulary_rows
 
 if TYPE_CHECKING:
@@ -69,7 +70,10 @@ def main(argv: Sequence[str]) -> int:
     args.hf_origin = facts.hf_origin
     if args.rank == 0:
         record_launch(args, argv, facts.manifests)
-    run_pretraining(args, started)
+    save = Path(args.save) if args.save and args.rank == 0 else None
+    start = 0 if facts.resumed is None or args.finetune else facts.checkpoints["--load"].iteration
+    with SavedHashes(save, start):
+        run_pretraining(args, started)
     return 0
 
 
