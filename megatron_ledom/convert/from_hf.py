@@ -318,7 +318,9 @@ def _packed(
 
 
 def _read(weights: HfWeights, name: str, dtype: str) -> torch.Tensor:
-    return tensors.to_finite_dtype(weights.read(name), dtype, name, remedy="the folder is damaged, fetch it again")
+    return tensors.to_finite_dtype(
+        weights.read(name), dtype, f"{weights.files[name]}: {name}", remedy="the folder is damaged, fetch it again"
+    )
 
 
 def _output_dtype(weights: HfWeights, asked: str, load: Path) -> str:

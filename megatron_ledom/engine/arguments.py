@@ -53,12 +53,16 @@ MODEL_ARGUMENTS: tuple[str, ...] = (
     # What decides the function that weights compute. Megatron compares three of them at load, and its
     # --use-checkpoint-args leaves out the norm's epsilon and every scaling of the rotary positions.
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention"),
-    *("num_query_groups", "kv_channels", "max_position_embeddings", "normalization", "layernorm_epsilon"),
+    *("num_query_groups", "kv_channels", "normalization", "layernorm_epsilon"),
     *("swiglu", "add_bias_linear", "add_qkv_bias", "position_embedding_type", "rotary_base", "rotary_percent"),
     *("rotary_interleaved", "use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
     *("untie_embeddings_and_output_weights", "num_experts", "multi_latent_attention", "qk_layernorm"),
 )
 
+ALONG_WITH_MODEL: tuple[str, ...] = (
+    # Taken from a checkpoint beside those, and free to change. Megatron's own dropout is 0.1.
+    *("max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method_std"),
+)
 USE_CHECKPOINT = "--use-checkpoint-args"
 
 NOT_WIRED: dict[str, str] = {
@@ -272,8 +276,8 @@ def _check_required(args: argparse.Namespace) -> None:
         raise UsageError("--run-dir RUN is missing: it says where configuration, logs and checkpoints go")
     if args.preset is None and args.num_layers is None:
         raise UsageError(
-            f"no model: give --preset {'|'.join(PRESETS)}, {USE_CHECKPOINT} with a checkpoint, or Megatron's model flags "
-            "(--num-layers ...)"
+            f"no model: give --preset {'|'.join(PRESETS)}, {USE_CHECKPOINT} with a checkpoint, or Megatron's model "
+            "flags (--num-layers ...)"
         )
     if not args.mock_data and args.tokenizer_type is None:
         raise UsageError("--tokenizer-type is missing: name the one the data was made with (it is in its manifest)")

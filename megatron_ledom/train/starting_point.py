@@ -17,7 +17,7 @@ from typing import Any
 from megatron_ledom.checkpoint import Checkpoint
 from megatron_ledom.checkpoint.locate import TRACKER
 from megatron_ledom.checkpoint.unpickle import SavedValue
-from megatron_ledom.engine.arguments import MODEL_ARGUMENTS, USE_CHECKPOINT
+from megatron_ledom.engine.arguments import ALONG_WITH_MODEL, MODEL_ARGUMENTS, USE_CHECKPOINT
 from megatron_ledom.errors import CheckpointError, UsageError
 from megatron_ledom.log import get_logger
 
@@ -48,14 +48,8 @@ def model_from_checkpoint(argv: Sequence[str]) -> dict[str, Any]:
     if path is None:
         raise UsageError(f"{USE_CHECKPOINT} needs a checkpoint: give --pretrained-checkpoint CHECKPOINT or --load")
     written = Checkpoint.open(path, options.ckpt_step).args
-    length = {} if options.preset else {"seq_length": written.seq_length}
-    return model_arguments(written) | length
-
-
-def model_arguments(written: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a checkpoint that decide its model; notes of Megatron's own classes are left to Megatron."""
-    values = {name: getattr(written, name) for name in MODEL_ARGUMENTS if hasattr(written, name)}
-    return {name: value for name, value in values.items() if not isinstance(value, SavedValue)}
+    length = () if options.preset else ("seq_length",)
+    return _plain_values(written, (*MODEL_ARGUMENTS, *ALONG_WITH_MODEL, *length))
 
 
 def vocabulary_rows(parsed: argparse.Namespace, origin: dict[str, Any] | None) -> dict[str, Any]:
@@ -85,7 +79,7 @@ def check_same_model(where: str, written: argparse.Namespace, args: argparse.Nam
     Raises:
         CheckpointError: naming every argument that differs, with both values.
     """
-    before, now = model_arguments(written), model_arguments(args)
+    before, now = _plain_values(written, MODEL_ARGUMENTS), _plain_values(args, MODEL_ARGUMENTS)
     differing = {name: (before[name], now[name]) for name in before if _differs(name, before, now)}
     words = {word.split("=", 1)[0] for word in argv}
     meant = {name for name in differing if words & {_flag(name), _flag(f"no_{name}")}}
@@ -100,12 +94,17 @@ def check_same_model(where: str, written: argparse.Namespace, args: argparse.Nam
         )
 
 
+def _plain_values(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The arguments called `names`, without notes of Megatron's own classes, which are left to Megatron."""
+    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return {name: value for name, value in values.items() if not isinstance(value, SavedValue)}
+
+
 def _differs(name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
     counts_beside = {"num_query_groups": "group_query_attention", "rope_scaling_factor": "use_rope_scaling"}.get(name)
     if counts_beside and not (before.get(counts_beside) or now.get(counts_beside)):
         return False
-    # Rotary positions have no table: the largest one is a limit for data, not a part of the function.
-    return name != "max_position_embeddings" and name in now and before[name] != now[name]
+    return name in now and before[name] != now[name]
 
 
 def _flag(name: str) -> str:

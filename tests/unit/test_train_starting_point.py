@@ -20,6 +20,7 @@ def test_the_checkpoint_gives_the_whole_model(cases: Path) -> None:
     assert (model["use_rope_scaling"], model["rope_scaling_factor"], model["rotary_base"]) == (True, 8.0, 500_000)
     assert (model["hidden_size"], model["kv_channels"], model["num_query_groups"]) == (48, 12, 2)
     assert model["layernorm_epsilon"] == 1e-5 and model["seq_length"] == 256
+    assert model["hidden_dropout"] == model["attention_dropout"] == 0.0  # Megatron's own default is 0.1
     linear = model_from_checkpoint([FLAG, "--load", str(cases / "rope_linear"), "--preset", "tiny"])
     assert linear["rotary_seq_len_interpolation_factor"] == 4 and "seq_length" not in linear
 
