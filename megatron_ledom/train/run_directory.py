@@ -17,13 +17,15 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import InputError
 
 FORMAT_VERSION = 1
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+"""What is not a tokenizer's: one is often named by its model's folder."""
 LAYOUT = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
     *("data_parallel_size", "context_parallel_size", "sequence_parallel", "use_distributed_optimizer"),
@@ -48,8 +50,7 @@ def record_launch(args: argparse.Namespace, argv: Sequence[str], manifests: dict
     record = read_run(run) if path.is_file() else new
     record["launches"].append(_describe_launch(args, argv, manifests))
     write_json(path, record)
-    if args.tokenizer_model is not None:
-        copy_tokenizer(Path(args.tokenizer_model), run / "tokenizer")
+    copy_tokenizer(tokenizer_files(args), run / "tokenizer")
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -79,23 +80,27 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's file, or the files of its folder, to `target`; an existing copy is left alone."""
-    if target.exists() or not source.exists():
+def tokenizer_files(args: argparse.Namespace) -> dict[str, Path]:
+    """The files of a run's tokenizer: the name that each has in a tokenizer's folder -> where it is; {} without one."""
+    if args.tokenizer_type == "GPT2BPETokenizer" and args.vocab_file and args.merge_file:
+        return {"vocab.json": Path(args.vocab_file), "merges.txt": Path(args.merge_file)}
+    if args.tokenizer_model is None:
+        return {}
+    source = Path(args.tokenizer_model)
+    if not source.is_dir():
+        return {source.name: source} if source.is_file() else {}
+    return {path.name: path for path in source.iterdir() if path.is_file() and not path.name.endswith(WEIGHTS)}
+
+
+def copy_tokenizer(files: Mapping[str, Path], target: Path) -> None:
+    """Copy a tokenizer's files to the folder `target`; an existing copy is left alone."""
+    if target.exists() or not files:
         return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    if source.is_dir():
-        shutil.copytree(source, temporary, ignore=_ignore_weights)
-    else:
-        temporary.mkdir(parents=True)
-        shutil.copy2(source, temporary / source.name)
+    temporary.mkdir(parents=True)
+    for name, source in files.items():
+        shutil.copy2(source, temporary / name)
     temporary.rename(target)
-
-
-def _ignore_weights(folder: str, names: list[str]) -> list[str]:
-    """Leave out what is not a tokenizer's: a tokenizer is often named by its model's folder."""
-    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-    return [n for n in names if n.endswith(weights) or (Path(folder) / n).is_dir()]
 
 
 def _describe_launch(args: argparse.Namespace, argv: Sequence[str], manifests: dict[str, Any]) -> dict[str, Any]:

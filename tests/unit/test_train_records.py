@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_ledom.errors import InputError
 from megatron_ledom.log import get_logger
 from megatron_ledom.train.metrics import TRAIN_LOSS, TimeLeft, read_scalars
-from megatron_ledom.train.run_directory import copy_tokenizer, read_run
+from megatron_ledom.train.run_directory import copy_tokenizer, read_run, tokenizer_files
 
 
 def write_curve(run: Path, suffix: str, values: dict[int, float]) -> None:
@@ -72,10 +73,24 @@ def test_the_tokenizer_is_copied_once_and_without_weights(tmp_path: Path, tokeni
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).write_bytes((tokenizer_folder / name).read_bytes())
     (source / "model.safetensors").write_bytes(b"weights")
-    copy_tokenizer(source, tmp_path / "tokenizer")
+    args = argparse.Namespace(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(source))
+    copy_tokenizer(tokenizer_files(args), tmp_path / "tokenizer")
     assert sorted(p.name for p in (tmp_path / "tokenizer").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
     (source / "tokenizer.json").write_text("changed")
-    copy_tokenizer(source, tmp_path / "tokenizer")
+    copy_tokenizer(tokenizer_files(args), tmp_path / "tokenizer")
     assert (tmp_path / "tokenizer" / "tokenizer.json").read_bytes() == (
         tokenizer_folder / "tokenizer.json"
     ).read_bytes()
+
+
+def test_the_two_files_of_gpt2_get_the_names_that_a_folder_has(tmp_path: Path) -> None:
+    for name in ("gpt2-vocab.json", "gpt2-merges.txt"):
+        (tmp_path / name).write_text(name)
+    named = {"vocab_file": str(tmp_path / "gpt2-vocab.json"), "merge_file": str(tmp_path / "gpt2-merges.txt")}
+    args = argparse.Namespace(tokenizer_type="GPT2BPETokenizer", tokenizer_model=None, **named)
+    copy_tokenizer(tokenizer_files(args), tmp_path / "tokenizer")
+    found = {path.name: path.read_text() for path in (tmp_path / "tokenizer").iterdir()}
+    assert found == {"vocab.json": "gpt2-vocab.json", "merges.txt": "gpt2-merges.txt"}
+    nothing = argparse.Namespace(tokenizer_type="NullTokenizer", tokenizer_model=None)
+    copy_tokenizer(tokenizer_files(nothing), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
