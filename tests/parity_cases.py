@@ -3,7 +3,7 @@
 Run as a program, in a process of its own, because Megatron on the CPU needs patches:
 
     python tests/parity_cases.py compare JOBS                      the reports of many comparisons, as JSON on stdout
-    python tests/parity_cases.py deep FOLDER TOKENIZER NUM_LAYERS  a --save folder of a deep model in bfloat16
+    python tests/parity_cases.py deep FOLDER TOKENIZER NUM_LAYERS...  a --save folder for each number, in bfloat16
     python tests/parity_cases.py streamed SAVE...                  the streamed model beside the whole one, as JSON
 
 JOBS is a JSON file: a list of keyword arguments of `parity_compare.compare`.
@@ -145,12 +145,16 @@ def compare_all(jobs: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any
 def _compare(path: str) -> None:
     from megatron_ledom.convert.parity_compare import compare
     from megatron_ledom.direction import Direction
+    from megatron_ledom.errors import ParityError
 
     reports = []
     for job in json.loads(Path(path).read_text()):
         direction = {"direction": Direction(job.pop("direction"))} if "direction" in job else {}
         folders = [Path(job.pop(name)) for name in ("checkpoint_folder", "hf_folder")]
-        reports.append(compare(*folders, **direction, **job))
+        try:
+            reports.append(compare(*folders, **direction, **job))
+        except ParityError as error:
+            reports.append({"refusal": str(error)})
     print(json.dumps(reports))
 
 
@@ -180,7 +184,7 @@ def _compare_streamed(*saves: str) -> None:
     print(json.dumps(report))
 
 
-def _build_deep(folder: str, tokenizer: str, num_layers: str) -> None:
+def _build_deep(folder: str, tokenizer: str, *depths: str) -> None:
     from convert_cases import save_case
 
     from megatron_ledom.data.tokenizers import load_tokenizer
@@ -190,9 +194,10 @@ def _build_deep(folder: str, tokenizer: str, num_layers: str) -> None:
     cpu.install()
     named = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
     args = set_megatron_arguments(["--preset", "tiny", "--run-dir", f"{folder}/unused", "--mock-data", *named], "cpu")
-    vars(args).update(DEEP, num_layers=int(num_layers), direction="reverse", params_dtype="bfloat16")
     args.tokenizer_fingerprint = load_tokenizer("HuggingFaceTokenizer", Path(tokenizer)).fingerprint
-    save_case(Path(folder), args, one_key_a_layer=False, std=0.02)
+    for depth in depths:
+        vars(args).update(DEEP, num_layers=int(depth), direction="reverse", params_dtype="bfloat16")
+        save_case(Path(folder) / depth, args, one_key_a_layer=False, std=0.02)
 
 
 if __name__ == "__main__":  # the checkpoint writer starts processes that import this file

@@ -32,7 +32,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_ledom.convert.parity_compare import MAX_GRADIENT_PARAMETERS, PROGRESS, compare
+from megatron_ledom.convert.parity_compare import DTYPES, MAX_GRADIENT_PARAMETERS, PROGRESS, compare
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ParityError, run_cli
 
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="both sides' weights are rounded to it (default: as in config.json)",
     )
     parser.add_argument(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from megatron_ledom.checkpoint import Checkpoint
     from megatron_ledom.convert.parity_measure import RowComparison, Trace
 
+DTYPES = ("float32", "bfloat16", "float16")
 GRADIENTS_NAME = "gradients.safetensors"
 RELATIVE_TOLERANCE = 1e-4
 """Largest |difference| of two logits over the largest |logit|. fp32 sums in another order stay below 1e-5; a wrong
@@ -101,12 +103,16 @@ def compare(
     if direction is None:
         direction = Direction.parse(_recorded_direction(config, hf_folder), where=f"{hf_folder}/config.json")
     dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
+    if dtype not in DTYPES:
+        raise ParityError(f"{hf_folder}/config.json says dtype {dtype!r}; known are {', '.join(DTYPES)}")
     probe = build_probe(
         hf_folder,
         vocab_size=config["vocab_size"],
         max_length=config["max_position_embeddings"],
         direction=direction,
     )
+    if probe.why_no_sentences:
+        print(f"{PROGRESS}: on random ids only, {probe.why_no_sentences}", file=sys.stderr, flush=True)
     checkpoint = Checkpoint.open(checkpoint_folder)
     with tempfile.TemporaryDirectory(prefix="parity-") as scratch:
         subject = Subject(
@@ -193,6 +199,7 @@ def _compare_fp32(subject: Subject, probe: Probe, rows: RowComparison, trace: Tr
         "mean_loss_megatron": -expected.mean().item(),
         "mean_loss_hf": -found.mean().item(),
         "sentences": _sentence_losses(probe, found, expected),
+        "why_no_sentences": probe.why_no_sentences,
         "relative_tolerance": RELATIVE_TOLERANCE,
         "logprob_tolerance": LOGPROB_TOLERANCE,
         "positions": ids.numel(),
@@ -201,7 +208,7 @@ def _compare_fp32(subject: Subject, probe: Probe, rows: RowComparison, trace: Tr
         "direction": str(subject.direction),
         "checkpoint": subject.checkpoint.folder.name,
         "embedding_rows": {"max_relative_difference": row_difference, "id": row_id, "tolerance": ROW_TOLERANCE},
-        "worst_logit": {"id": difference.worst_id, "row_and_position": list(difference.worst_place)},
+        "worst_logit": {"id": difference.worst_id, "row_and_position": difference.worst_place},
         "first_difference": trace.first_difference(RELATIVE_TOLERANCE),
         "torch": torch.__version__,
     }

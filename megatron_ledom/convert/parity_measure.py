@@ -63,7 +63,8 @@ class LogitComparison:
 
         self._targets, self._vocab_size = ids_model[:, 1:], vocab_size
         self.max_difference, self.max_logit = 0.0, 0.0
-        self.worst_id, self.worst_place = -1, (-1, -1)
+        self.worst_id: int | None = None
+        self.worst_place: tuple[int, int] | None = None
         nothing = torch.full(ids_model.shape, -torch.inf)
         self._found_sum, self._expected_sum, self._padding_sum = nothing.clone(), nothing.clone(), nothing.clone()
         self._found_target = torch.full(self._targets.shape, torch.nan)

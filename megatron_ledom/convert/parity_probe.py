@@ -3,7 +3,7 @@
     row 0   sentences one after another, each in the model's order, repeated to the full length
     row 1   one id from each of S equal parts of the vocabulary, shuffled, the last id among them
 
-Without a tokenizer there is row 1 alone. Losses are given sentence by sentence, over the
+Without a tokenizer that transformers can load there is row 1 alone. Losses are given sentence by sentence, over the
 first pass through them.
 """
 
@@ -50,33 +50,40 @@ class Probe:
     Attributes:
         ids_model: int64 [B, S] in the model's order, B = 2 with sentences and 1 without.
         spans: the sentences of row 0.
+        why_no_sentences: None where there are some.
     """
 
     ids_model: torch.Tensor
-    spans: tuple[Span, ...]
+    spans: tuple[Span, ...] = ()
+    why_no_sentences: str | None = None
 
 
 def build_probe(hf_folder: Path, *, vocab_size: int, max_length: int, direction: Direction) -> Probe:
     """Build the ids from the folder's tokenizer.
 
     Args:
-        hf_folder: may be without a tokenizer.
+        hf_folder: may be without a tokenizer, or with one that transformers cannot load; the report says so.
         vocab_size: of the model: all ids are below it.
         max_length: the most positions that the model takes.
         direction: of the model.
 
     Raises:
-        ParityError: the tokenizer cannot be loaded, or gives ids that the model does not have.
+        ParityError: the tokenizer gives ids that the model does not have.
     """
     import torch
 
     length = min(MAX_LENGTH, max_length)
     random_row = _spread_ids(vocab_size, length)
     if not any((hf_folder / name).is_file() for name in TOKENIZER_FILES):
-        return Probe(random_row[None], ())
+        return Probe(random_row[None], why_no_sentences="the folder has no tokenizer")
+    try:
+        tokenized = _tokenized(hf_folder)
+    except Exception as error:  # foreign files raise nearly anything
+        why = f"transformers cannot load the folder's tokenizer ({type(error).__name__}: {error})"
+        return Probe(random_row[None], why_no_sentences=why)
     ids: list[int] = []
     spans: list[Span] = []
-    for sentence, ids_nat in _tokenized(hf_folder):
+    for sentence, ids_nat in tokenized:
         if ids_nat and len(ids) < length:
             spans.append(Span(sentence, len(ids), min(len(ids) + len(ids_nat), length)))
             ids += to_model_order(ids_nat, direction)
@@ -91,14 +98,8 @@ def _tokenized(hf_folder: Path) -> list[tuple[str, list[int]]]:
     """Each sentence and its ids in natural order."""
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(hf_folder, trust_remote_code=False)
-        return [(sentence, tokenizer(sentence, add_special_tokens=False)["input_ids"]) for sentence in SENTENCES]
-    except Exception as error:  # foreign files raise nearly anything
-        raise ParityError(
-            f"the tokenizer of {hf_folder} cannot be loaded ({type(error).__name__}: {error}); "
-            "mend it, or remove its files to compare on random ids only"
-        ) from error
+    tokenizer = AutoTokenizer.from_pretrained(hf_folder, trust_remote_code=False)
+    return [(sentence, tokenizer(sentence, add_special_tokens=False)["input_ids"]) for sentence in SENTENCES]
 
 
 def _spread_ids(vocab_size: int, length: int) -> torch.Tensor:

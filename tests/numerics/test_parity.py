@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from convert_cases import CASES, VOCAB_SIZE
+from convert_cases import CASES
 from parity_cases import DAMAGES, DEEP_LAYER_BYTES, MISFITS, compare_all, damage, run_program
 
 from megatron_ledom.convert.hf import ExportOptions, export_checkpoint
@@ -20,7 +21,7 @@ from megatron_ledom.errors import ParityError
 from megatron_ledom.testing import tool_environment
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-FEW_LAYERS, MANY_LAYERS = 2, 12
+FEW_LAYERS, MANY_LAYERS = 2, 8
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +47,7 @@ def reports(
     scratch = tmp_path_factory.mktemp("damaged")
     jobs: dict[str, dict[str, Any]] = {
         name: {"checkpoint_folder": cases / "gqa_padded", "hf_folder": damage(gqa, scratch / name, change)}
-        for name, (change, _) in DAMAGES.items()
+        for name, (change, _) in (DAMAGES | MISFITS).items()
     }
     like_an_import = damage(gqa, scratch / "import", lambda weights, config: config.pop("ledom"))
     for name in TOKENIZER_FILES:
@@ -64,8 +65,7 @@ def reports(
 def test_damage_is_found_and_located(reports: dict[str, dict[str, Any]], name: str) -> None:
     report = reports[name]
     assert not report["passed"]
-    with pytest.raises(ParityError, match=DAMAGES[name][1]):
-        raise ParityError("; ".join(report["problems"]))
+    assert re.search(DAMAGES[name][1], "; ".join(report["problems"]))
 
 
 def test_an_embedding_row_that_no_probe_reads_is_compared_all_the_same(reports: dict[str, dict[str, Any]]) -> None:
@@ -108,14 +108,13 @@ def test_the_report_says_what_did_not_run(reports: dict[str, dict[str, Any]]) ->
 def test_a_folder_without_record_and_tokenizer_is_compared_on_random_ids(reports: dict[str, dict[str, Any]]) -> None:
     report = reports["import"]
     assert report["passed"] and report["sentences"] == []
+    assert report["why_no_sentences"] == "the folder has no tokenizer"
     assert report["positions"] == 64 and report["direction"] == "forward"
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_a_folder_of_other_tensors_is_refused_by_name(cases: Path, gqa: Path, tmp_path: Path, name: str) -> None:
-    change, message = MISFITS[name]
-    with pytest.raises(ParityError, match=message):
-        check_parity(cases / "gqa_padded", damage(gqa, tmp_path / "hf", change))
+def test_a_folder_of_other_tensors_is_refused_by_name(reports: dict[str, dict[str, Any]], name: str) -> None:
+    assert re.search(MISFITS[name][1], reports[name]["refusal"])
 
 
 def test_an_unknown_direction_is_asked_for(cases: Path, gqa: Path, tmp_path: Path) -> None:
@@ -151,11 +150,11 @@ def test_the_streamed_model_is_the_whole_one(cases: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """453 MB of layers in fp32 against 75 MB: the difference of the peaks is less than two layers."""
+    """302 MB of layers in fp32 against 75 MB: the difference of the peaks is less than two layers."""
     peak_bytes = {}
+    run_program("deep", tmp_path, tokenizer_folder, FEW_LAYERS, MANY_LAYERS)
     for num_layers in (FEW_LAYERS, MANY_LAYERS):
-        save, folder = tmp_path / f"save{num_layers}", tmp_path / f"hf{num_layers}"
-        run_program("deep", save, tokenizer_folder, num_layers)
+        save, folder = tmp_path / str(num_layers), tmp_path / f"hf{num_layers}"
         export_checkpoint(save, folder, options=ExportOptions(parity=False))
         peak_bytes[num_layers] = measure_peak(save, folder, tmp_path / f"report{num_layers}.json")
     assert peak_bytes[MANY_LAYERS] - peak_bytes[FEW_LAYERS] < 2 * DEEP_LAYER_BYTES, peak_bytes
@@ -171,5 +170,5 @@ def measure_peak(checkpoint: Path, folder: Path, report: Path) -> int:
     child.returncode = os.waitstatus_to_exitcode(status)
     result = json.loads(report.read_text())
     assert child.returncode == 0 and result["passed"], result["problems"]
-    assert result["saved_dtype"]["ran"] and result["worst_logit"]["id"] < VOCAB_SIZE
+    assert result["saved_dtype"]["ran"] and len(result["sentences"]) > 0
     return usage.ru_maxrss * 1024
