@@ -21,6 +21,7 @@ from megatron_ledom.errors import OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a file system says when it takes no more: no space, no quota, a limit on the size of a file."""
+_BLOCK_BYTES = 8 * 2**20
 _HASH_ASIDE_BYTES = 2**20  # below this, handing the bytes to a thread costs more than hashing them
 
 
@@ -89,6 +90,30 @@ class HashingFile:
             self._file.close()
 
 
+def hash_file(path: Path, *, on_read: Callable[[int], None] | None = None, sync: bool = False) -> str:
+    """The SHA-256 of a file in hexadecimal; 8 MiB of it are in memory.
+
+    Args:
+        path: the file.
+        on_read: told the number of bytes after each piece.
+        sync: force the file to disk, too.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    buffer = bytearray(_BLOCK_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+            if on_read is not None:
+                on_read(count)
+        if sync:
+            os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
 def sync_folder(folder: Path) -> None:
     """Force the names in `folder` to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -126,14 +151,34 @@ def folder_beside(target: Path, *, flag: str, needed_bytes: int, check_target: C
         yield temporary
         check_target()
         replace_folder(temporary, target)
-    except OSError as error:
-        if error.errno not in FULL:
+    except Exception as error:
+        needed = f"{flag} {target}: {needed_bytes:,} bytes are needed there, {free:,} were free at the start"
+        refusal = as_output_error(error, needed)
+        if refusal is None:
             raise
-        raise OutputError(f"{flag} {target}: {needed_bytes:,} bytes are needed there ({error})") from error
-    except OutputError as error:
-        raise OutputError(f"{flag} {target}: {needed_bytes:,} bytes are needed there; {error}") from error
+        raise refusal from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def as_output_error(error: BaseException, needed: str) -> OutputError | None:
+    """Find the file system's refusal behind `error`, which a library may have wrapped in another or in a traceback.
+
+    Args:
+        error: what was raised.
+        needed: which output, and how much it needs; begins the message.
+
+    Returns:
+        None where the file system refused nothing.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OutputError):
+            return seen if str(seen).startswith("--") else OutputError(f"{needed}; {seen}")
+        if isinstance(seen, OSError) and seen.errno in FULL:
+            return OutputError(f"{needed}; {seen}")
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-parity",
         action="store_true",
-        help="do not compare logits with Megatron's model (it needs the whole model in fp32 in memory)",
+        help="do not compare the folder with Megatron's own model (logits, losses, gradients; one layer in memory)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export of that name")
     return parser

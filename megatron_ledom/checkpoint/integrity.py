@@ -9,20 +9,18 @@ folder without a list (saved elsewhere, or while the run was killed) is not refu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import CheckpointError
-from megatron_ledom.files import HashingFile, sync_folder
+from megatron_ledom.files import HashingFile, hash_file, sync_folder
 from megatron_ledom.log import Progress
 
 LIST_NAME = "checksums.json"
 FORMAT_VERSION = 1
-_BLOCK_BYTES = 8 * 2**20
 _QUIET_BYTES = 2**30
 """Below this a progress line would be gone before it is read."""
 
@@ -44,7 +42,7 @@ def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> Non
     files = {}
     for path in paths:
         try:
-            sha256 = known.get(path.name) or hash_file(path, progress)
+            sha256 = known.get(path.name) or hash_file(path, on_read=_counted(progress))
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256}
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read for its checksum: {error}") from error
@@ -110,7 +108,7 @@ def _fault(path: Path, entry: dict[str, Any], progress: Progress | None) -> str 
         num_bytes = path.stat().st_size
         if num_bytes != entry["bytes"]:
             return f"{path} has {num_bytes:,} bytes, it was saved with {entry['bytes']:,}"
-        found = hash_file(path, progress)
+        found = hash_file(path, on_read=_counted(progress))
     except OSError as error:
         return f"{path} cannot be read ({error})"
     if found != entry["sha256"]:
@@ -135,19 +133,10 @@ def verify_checksums(folder: Path) -> bool:
     return faults is not None
 
 
-def hash_file(path: Path, progress: Progress | None = None) -> str:
-    """The SHA-256 of a file in hexadecimal; 8 MiB of it are in memory."""
-    digest = hashlib.sha256()
-    buffer = bytearray(_BLOCK_BYTES)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(view[:count])
-            if progress:
-                progress.update(count / 1e6)
-    return digest.hexdigest()
-
-
 def _progress(label: str, paths: list[Path]) -> Progress | None:
     num_bytes = sum(path.stat().st_size for path in paths)
     return Progress(label, num_bytes / 1e6, "MB") if num_bytes >= _QUIET_BYTES else None
+
+
+def _counted(progress: Progress | None) -> Callable[[int], None] | None:
+    return None if progress is None else lambda num_bytes: progress.update(num_bytes / 1e6)

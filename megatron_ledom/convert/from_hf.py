@@ -33,8 +33,8 @@ from megatron_ledom.checkpoint.locate import RELEASE, TRACKER
 from megatron_ledom.checkpoint.writer import CheckpointWriter
 from megatron_ledom.convert import names, tensors
 from megatron_ledom.convert.hf_weights import HfWeights
-from megatron_ledom.convert.llama_arguments import CONFIG_NAME, megatron_settings, model_direction, read_config
-from megatron_ledom.convert.llama_config import attention_shape, is_tied
+from megatron_ledom.convert.llama_arguments import megatron_settings, model_direction, read_config
+from megatron_ledom.convert.llama_config import CONFIG_NAME, attention_shape, is_tied
 from megatron_ledom.convert.parity import REPORT_NAME, check_parity
 from megatron_ledom.convert.safetensors_file import ITEM_BYTES
 from megatron_ledom.convert.tokenizer_files import TOKENIZER_FILES

@@ -2,20 +2,17 @@
 
     open -> check it is a Llama -> find its tokenizer -> plan -> write beside the target -> compare -> rename
 
-Tensors go one at a time from the checkpoint to safetensors files. Everything is written
-to a hidden folder next to the target, which takes the target's name when all of it is
-there and the logits agree with Megatron's; a failure at any point leaves nothing.
+Tensors go one at a time from the checkpoint to safetensors files, the next one being read
+while one is written. Everything goes to a hidden folder next to the target (`export_folder`),
+which takes the target's name when all of it is there and the logits agree with Megatron's.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
-import math
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +20,12 @@ from typing import TYPE_CHECKING, Any
 from megatron_ledom import __version__
 from megatron_ledom.checkpoint import Checkpoint
 from megatron_ledom.checkpoint.integrity import verify_checksums
+from megatron_ledom.checkpoint.locate import INDEX
 from megatron_ledom.convert import names, tensors
+from megatron_ledom.convert.export_folder import ExportFolder, export_folder
 from megatron_ledom.convert.llama_config import (
+    CONFIG_NAME,
+    LEDOM_FORMAT_VERSION,
     AttentionShape,
     attention_shape,
     check_is_llama,
@@ -39,19 +40,18 @@ from megatron_ledom.convert.safetensors_file import (
     ITEM_BYTES,
     ShardPlan,
     ShardWriter,
+    header_bytes,
     plan_shards,
 )
 from megatron_ledom.convert.tokenizer_files import find_tokenizer, num_table_rows, special_ids, write_tokenizer
 from megatron_ledom.data.tokenizers import Tokenizer
 from megatron_ledom.direction import describe_direction
-from megatron_ledom.errors import CheckpointError, OutputError, OutputExistsError, UsageError
+from megatron_ledom.errors import CheckpointError, OutputExistsError, UsageError
 from megatron_ledom.log import Progress, get_logger
 
 if TYPE_CHECKING:
     import torch
 
-LEDOM_FORMAT_VERSION = 1
-CONFIG_NAME = "config.json"
 _SPARE_BYTES = 64 * 2**20  # what is not a tensor: tokenizer, card, headers
 
 
@@ -105,7 +105,11 @@ def export_checkpoint(
         OutputError: the folder cannot be made there, or there is not enough space.
     """
     options = options or ExportOptions()
-    check_output(output, overwrite=options.overwrite)
+
+    def check_target() -> None:
+        check_output(output, overwrite=options.overwrite)
+
+    check_target()
     checkpoint = Checkpoint.open(load, step)
     verify_checksums(checkpoint.folder)
     direction, where = checkpoint.direction, str(checkpoint.folder)
@@ -114,9 +118,15 @@ def export_checkpoint(
     vocab_size = num_table_rows(checkpoint.args, tokenizer)
     items, plan = plan_weights(checkpoint, vocab_size=vocab_size, options=options)
     num_parameters = plan.tensor_bytes // ITEM_BYTES[plan.dtype]
-    with _folder_beside(output, needed_bytes=plan.tensor_bytes + _SPARE_BYTES, overwrite=options.overwrite) as folder:
+    with export_folder(
+        output,
+        identity=weights_identity(checkpoint, plan),
+        needed_bytes=plan.tensor_bytes + _SPARE_BYTES,
+        check_target=check_target,
+    ) as target:
+        folder = target.path
         config = write_configuration(checkpoint, tokenizer, folder, vocab_size=vocab_size, dtype=plan.dtype)
-        write_weights(checkpoint, items, plan, folder, vocab_size=vocab_size)
+        write_weights(checkpoint, items, plan, target, vocab_size=vocab_size)
         report = None
         if options.parity:
             report = check_parity(checkpoint.folder, folder)
@@ -201,31 +211,69 @@ def write_configuration(
     return config
 
 
+def weights_identity(checkpoint: Checkpoint, plan: ShardPlan) -> dict[str, Any]:
+    """What the bytes of an export's weights depend on; one that was interrupted is continued where this is equal."""
+    heads = hashlib.sha256()
+    for shard in plan.shards:
+        heads.update(shard.file_name.encode() + header_bytes(shard, plan.dtype))
+    sources = {path.name: path.stat() for path in (*checkpoint.folder.glob("*.distcp"), checkpoint.folder / INDEX)}
+    return {
+        "checkpoint": str(checkpoint.folder.resolve()),
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(sources.items())},
+        "headers_sha256": heads.hexdigest(),
+        "megatron_ledom_version": __version__,
+    }
+
+
 def write_weights(
-    checkpoint: Checkpoint, items: list[names.Item], plan: ShardPlan, folder: Path, *, vocab_size: int
+    checkpoint: Checkpoint, items: list[names.Item], plan: ShardPlan, target: ExportFolder, *, vocab_size: int
 ) -> None:
-    """Stream every weight from the checkpoint into `folder`; at most one stored tensor is in memory, and its parts.
+    """Stream every weight that is not there yet into `target`; in memory are two stored tensors at most, as parts.
 
     Raises:
         CheckpointError: a chunk is damaged, or a weight is not finite in the output's dtype.
+        OutputError: the file system refuses.
     """
     shape = attention_shape(checkpoint.args)
-    progress = Progress("export", plan.tensor_bytes / 1e6, "MB")
-    with ShardWriter(folder, plan) as writer:
-        for item in items:
-            stored = (
-                checkpoint.read(item.megatron)
-                if item.layer is None
-                else checkpoint.read_slice(item.megatron, item.layer)
-            )
-            for name, part in zip(item.hf, unpack(item, stored, shape, vocab_size), strict=True):
-                converted = _to_dtype(part, plan.dtype, name)
-                writer.write(name, converted)
-                progress.update(converted.nbytes / 1e6)
-    progress.close()
+    with ShardWriter(target.path, plan, finished=target.finished, on_finished=target.finish_file) as writer:
+        wanted = set(writer.expected)
+
+        def read(item: names.Item) -> list[tuple[str, torch.Tensor]]:
+            layer = item.layer
+            stored = checkpoint.read(item.megatron) if layer is None else checkpoint.read_slice(item.megatron, layer)
+            parts = zip(item.hf, unpack(item, stored, shape, vocab_size), strict=True)
+            return [(name, _converted(name, part, plan.dtype)) for name, part in parts if name in wanted]
+
+        progress = Progress("export", plan.num_bytes(wanted) / 1e6, "MB")
+        for parts in _read_ahead([item for item in items if wanted.intersection(item.hf)], read):
+            while parts:  # emptied, so that nothing is held when the next one is asked for
+                name, tensor = parts.pop(0)
+                writer.write(name, tensor)
+                progress.update(tensor.nbytes / 1e6)
+                del tensor
+        progress.close()
     index = plan.index()
     if index is not None:
-        _write_json(folder / INDEX_NAME, index)
+        _write_json(target.path / INDEX_NAME, index)
+
+
+def _read_ahead(
+    items: list[names.Item], read: Callable[[names.Item], list[tuple[str, torch.Tensor]]]
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """What `read` makes of each item, the next one being read in a thread while one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
+        pending = [thread.submit(read, item) for item in items[:1]]
+        for following in [*items[1:], None]:
+            if pending:
+                parts = pending.pop().result()
+                if following is not None:
+                    pending.append(thread.submit(read, following))
+                yield parts
+
+
+def _converted(name: str, part: torch.Tensor, dtype: str) -> torch.Tensor:
+    remedy = "the checkpoint itself is not; take an earlier --step"
+    return tensors.to_finite_dtype(part, dtype, name, remedy=remedy)
 
 
 def unpack(item: names.Item, stored: torch.Tensor, shape: AttentionShape, vocab_size: int) -> tuple[torch.Tensor, ...]:
@@ -252,63 +300,6 @@ def _unpacked_shapes(
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {item.megatron}: {error}") from error
     return [tuple(part.shape) for part in parts]
-
-
-def _to_dtype(tensor: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
-    import torch
-
-    converted = tensor.to(getattr(torch, dtype))
-    if not _is_finite(converted):
-        raise CheckpointError(
-            f"{name} is not finite in {dtype}: "
-            + (
-                "choose another --dtype"
-                if _is_finite(tensor)
-                else "the checkpoint itself is not; take an earlier --step"
-            )
-        )
-    return converted
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is infinite or NaN; without the two copies that `torch.isfinite` makes."""
-    low, high = tensor.aminmax()
-    return math.isfinite(low.item()) and math.isfinite(high.item())
-
-
-@contextmanager
-def _folder_beside(output: Path, *, needed_bytes: int, overwrite: bool) -> Iterator[Path]:
-    """Give a hidden folder beside `output`; rename it to `output` if the block succeeds, remove it if not."""
-    output = output.absolute()
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(output.parent).free
-        temporary.mkdir()
-    except OSError as error:
-        raise OutputError(f"--output {output} cannot be made there: {error}") from error
-    try:
-        if free < needed_bytes:
-            raise OutputError(f"--output {output}: {needed_bytes:,} bytes are needed there, {free:,} are free")
-        yield temporary
-        check_output(output, overwrite=overwrite)  # it may have appeared meanwhile
-        _replace_folder(temporary, output)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OutputError(f"--output {output}: {needed_bytes:,} bytes are needed there ({error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace_folder(temporary: Path, output: Path) -> None:
-    if not output.exists():
-        temporary.rename(output)
-        return
-    old = output.with_name(f".{output.name}.{os.getpid()}.old")
-    output.rename(old)
-    temporary.rename(output)
-    shutil.rmtree(old)
 
 
 def _is_export(folder: Path) -> bool:

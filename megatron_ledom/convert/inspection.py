@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ledom.checkpoint import Checkpoint, describe
 from megatron_ledom.checkpoint.diff import TensorSource, diff_tensors, diff_values
-from megatron_ledom.checkpoint.integrity import find_faults, hash_file
+from megatron_ledom.checkpoint.integrity import find_faults
 from megatron_ledom.checkpoint.locate import find_checkpoint
+from megatron_ledom.convert.export_folder import SUMS_NAME
 from megatron_ledom.convert.hf_weights import HfWeights
+from megatron_ledom.convert.llama_arguments import read_config
+from megatron_ledom.convert.llama_config import CONFIG_NAME
 from megatron_ledom.errors import CheckpointError, UsageError
+from megatron_ledom.files import hash_file
 
 if TYPE_CHECKING:
     import torch
-
-CONFIG_NAME = "config.json"
-SUMS_NAME = "SHA256SUMS"
 
 
 class HfSource:
@@ -77,7 +78,7 @@ class Inspected:
             if step is not None:
                 raise UsageError(f"--step {step}: {path} is a Hugging Face folder, which holds one step")
             self.folder = path
-            self.config = _read_config(path)
+            self.config = read_config(path)
             self.source = HfSource(HfWeights.open(path))
         else:
             self.checkpoint = Checkpoint.open(path, step)
@@ -249,14 +250,3 @@ def _file_faults(path: Path, step: int | None) -> list[str] | None:
         except OSError as error:
             faults.append(f"{path / name} cannot be read: {error.strerror}")
     return faults
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is damaged: it should hold an object")
-    return config

@@ -13,13 +13,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_ledom.convert.llama_config import LLAMA3_ROPE
+from megatron_ledom.convert.llama_config import CONFIG_NAME, LEDOM_FORMAT_VERSION, LLAMA3_ROPE
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import CheckpointError, DirectionError, UsageError
 from megatron_ledom.log import get_logger
 
-CONFIG_NAME = "config.json"
-LEDOM_FORMAT_VERSION = 1
 MAX_CONFIG_BYTES = 2**20
 
 REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")

@@ -13,6 +13,9 @@ from typing import Any
 
 from megatron_ledom.errors import CheckpointError
 
+CONFIG_NAME = "config.json"
+LEDOM_FORMAT_VERSION = 1
+"""Of the entry `ledom` in config.json."""
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Megatron's `--use-rope-scaling` fixes these (`RotaryEmbedding._apply_scaling`)."""
 

@@ -1,4 +1,4 @@
-"""Writing safetensors files tensor by tensor: at no time is more than one tensor in memory.
+"""Writing safetensors files tensor by tensor, hashed on the way: no more than one tensor is in memory.
 
 `safetensors.torch.save_file` wants all tensors of a file at once. The format does not: a
 header says where each tensor will lie, and the tensors follow in that order.
@@ -18,13 +18,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ledom.errors import UsageError
+from megatron_ledom.files import HashingFile
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,11 @@ class ShardPlan:
     def tensor_bytes(self) -> int:
         """The size of all tensors together, without headers."""
         return sum(_num_bytes(shape, self.dtype) for shard in self.shards for shape in shard.shapes.values())
+
+    def num_bytes(self, names: Collection[str]) -> int:
+        """The size of the tensors of these names together."""
+        shapes = (shape for shard in self.shards for name, shape in shard.shapes.items() if name in names)
+        return sum(_num_bytes(shape, self.dtype) for shape in shapes)
 
     def index(self) -> dict[str, Any] | None:
         """The content of `model.safetensors.index.json`; None for a single file, which needs none."""
@@ -112,13 +118,30 @@ class ShardWriter:
     Args:
         folder: where the files go.
         plan: what will come.
+        finished: files of the plan that are there already, and whose tensors will not come.
+        on_finished: told the name and the SHA-256 in hexadecimal of every file that is complete and on disk.
+
+    Attributes:
+        expected: the names of the tensors that will come, in order.
+
+    Raises:
+        OutputError: from `write` and at the end, where the file system refuses.
     """
 
-    def __init__(self, folder: Path, plan: ShardPlan) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        plan: ShardPlan,
+        *,
+        finished: Collection[str] = (),
+        on_finished: Callable[[str, str], None] | None = None,
+    ) -> None:
         self._folder, self._plan = folder, plan
-        self._queue = [(shard, name) for shard in plan.shards for name in shard.shapes]
+        self._on_finished = on_finished
+        self._queue = [(s, name) for s in plan.shards if s.file_name not in finished for name in s.shapes]
+        self.expected = [name for _, name in self._queue]
         self._position = 0
-        self._file: IO[bytes] | None = None
+        self._file: HashingFile | None = None
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -126,14 +149,19 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._close_file()
-        assert kind is not None or self._position == len(self._queue), f"{self._queue[self._position][1]} was not given"
+        try:
+            if kind is None:
+                assert self._position == len(self._queue), f"{self.expected[self._position]} was not given"
+                self._finish_file()
+        finally:
+            if self._file is not None:
+                self._file.abandon()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append the next tensor.
 
         Args:
-            name: must be the next one of the plan.
+            name: must be the next one of `expected`.
             tensor: of the plan's shape and dtype, on the CPU.
         """
         shard, expected = self._queue[self._position]
@@ -141,16 +169,18 @@ class ShardWriter:
         found = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         assert found == (shard.shapes[name], self._plan.dtype), f"{name}: {found}, planned {shard.shapes[name]}"
         if name == next(iter(shard.shapes)):
-            self._close_file()
-            self._file = (self._folder / shard.file_name).open("wb")
+            self._finish_file()
+            self._file = HashingFile(self._folder / shard.file_name)
             self._file.write(header_bytes(shard, self._plan.dtype))
         assert self._file is not None
         self._file.write(_raw_bytes(tensor))
         self._position += 1
 
-    def _close_file(self) -> None:
+    def _finish_file(self) -> None:
         if self._file is not None:
-            self._file.close()
+            sha256 = self._file.finish()
+            if self._on_finished is not None:
+                self._on_finished(self._file.path.name, sha256)
             self._file = None
 
 

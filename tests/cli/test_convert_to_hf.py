@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_ledom.convert.hf import ExportOptions, _to_dtype, export_checkpoint
+from megatron_ledom.convert.hf import ExportOptions, _converted, export_checkpoint
 from megatron_ledom.convert.tokenizer_files import find_tokenizer, write_tokenizer
 from megatron_ledom.data.tokenizers import load_tokenizer
 from megatron_ledom.errors import CheckpointError, InputError, OutputError, OutputExistsError, TokenizerMismatchError
@@ -41,6 +41,7 @@ def test_the_folder_holds_what_a_user_expects(exported: Path) -> None:
     shards = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
     expected = {*shards, "model.safetensors.index.json", "config.json", "generation_config.json", "README.md"}
     assert {path.name for path in exported.iterdir()} == expected | {
+        "SHA256SUMS",
         "parity.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -176,7 +177,7 @@ def test_weights_that_are_not_finite_are_named(value: float, dtype: str, words: 
     weights = torch.ones(3, 4)
     weights[1, 2] = value
     with pytest.raises(CheckpointError, match=rf"model\.norm is not finite in \w+: {words}"):
-        _to_dtype(weights, "float32" if dtype == "checkpoint" else dtype, "model.norm")
+        _converted("model.norm", weights, "float32" if dtype == "checkpoint" else dtype)
 
 
 def test_a_place_that_cannot_be_written_is_refused(cases: Path, tmp_path: Path) -> None:
