@@ -9,17 +9,15 @@ The baseline, measured in the same run, is the interpreter starting and doing no
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from measuring import spread, write_record
 
 from megatron_ledom.errors import run_cli
 from megatron_ledom.testing import REPOSITORY, tool_environment
@@ -34,17 +32,7 @@ def time_command(command: Sequence[str], repeats: int) -> dict[str, float]:
         started = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True, env=tool_environment())
         seconds.append(time.perf_counter() - started)
-    warm = seconds[1:]
-    return {"median_s": round(statistics.median(warm), 3), "min_s": round(min(warm), 3), "max_s": round(max(warm), 3)}
-
-
-def processor_name() -> str:
-    """Return the processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return {f"{name}_s": value for name, value in spread(seconds[1:]).items()}
 
 
 def main(argv: list[str]) -> int:
@@ -61,18 +49,14 @@ def main(argv: list[str]) -> int:
         print(f"{name:24} median {row['median_s']:.3f} s   {row['min_s']:.3f} to {row['max_s']:.3f}")
     holds = all(row["median_s"] < CLAIMED_S for row in results.values())
     print(f"under {CLAIMED_S} s each: {'yes' if holds else 'NO'}")
-    record = {
-        "claim": f"--help under {CLAIMED_S} s, median",
-        "holds": holds,
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{processor_name()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "load_before": round(load_before, 2),
-        "command": f"python benchmarks/bench_help.py --repeats {args.repeats}",
-        "results": results,
-    }
-    if args.output is not None:
-        args.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_record(
+        args.output,
+        f"--help under {CLAIMED_S} s, median",
+        holds,
+        f"python benchmarks/bench_help.py --repeats {args.repeats}",
+        load_before,
+        results=results,
+    )
     return 0 if holds else 1
 
 
