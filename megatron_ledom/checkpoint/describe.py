@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import types
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ MODEL = (
 MEANING = (*MODEL, "direction", "tokenizer_fingerprint")
 """Arguments that decide what the weights compute, and on which ids."""
 _OPTIMIZER = "optimizer."
+_MAX_DEPTH = 20
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def tensor_table(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 def saved_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Return all of a run's arguments in plain values."""
-    return {name: plain(value) for name, value in sorted(vars(args).items())}
+    return dict(sorted({str(name): plain(value) for name, value in vars(args).items()}.items()))
 
 
 def unreadable_tensors(checkpoint: Checkpoint) -> list[str]:
@@ -93,7 +95,6 @@ def unreadable_tensors(checkpoint: Checkpoint) -> list[str]:
     faults = []
     for name in checkpoint.tensor_names():
         try:
-            checkpoint.check_chunks(name)
             for offsets, sizes in checkpoint.boxes(name):
                 checkpoint.read_box(name, offsets, sizes)
         except CheckpointError as error:
@@ -101,18 +102,33 @@ def unreadable_tensors(checkpoint: Checkpoint) -> list[str]:
     return faults
 
 
-def plain(value: Any) -> Any:
-    """Turn anything that an argument can hold into something that JSON can say."""
+def plain(value: Any, *, max_values: int = 10_000) -> Any:
+    """Turn anything that an argument can hold into something that JSON can say.
+
+    Containers beyond a depth, or after `max_values` values, become "...": a pickle can be deeper than Python calls
+    reach, and can hold itself.
+    """
+    return _plain(value, _MAX_DEPTH, [max_values])
+
+
+def _plain(value: Any, depth: int, left: list[int]) -> Any:
+    """`plain` for `depth` more levels and `left[0]` more values."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(each) for each in value]
+    if isinstance(value, argparse.Namespace | types.SimpleNamespace):
+        value = vars(value)
+    if isinstance(value, list | tuple | set | frozenset | dict | SavedValue):
+        if depth == 0 or left[0] <= 0:
+            return "..."
+        left[0] -= 1 if isinstance(value, SavedValue) else len(value)
     if isinstance(value, dict):
-        return {str(name): plain(each) for name, each in value.items()}
+        return {str(name): _plain(each, depth - 1, left) for name, each in value.items()}
     if isinstance(value, SavedValue):
-        return f"{value.type_name.rpartition('.')[2]}{value.arguments!r}"
+        return f"{value.type_name.rpartition('.')[2]}{tuple(_plain(value.arguments, depth - 1, left))!r}"
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(each, depth - 1, left) for each in value]
     if isinstance(value, Path):
         return str(value)
     return str(value).removeprefix("torch.")

@@ -70,9 +70,9 @@ def diff_tensors(first: TensorSource, second: TensorSource) -> TensorsDiff:
     Raises:
         CheckpointError: a tensor cannot be read.
     """
-    names, others = first.tensor_names(), second.tensor_names()
-    diff = TensorsDiff(sorted(set(names) - set(others)), sorted(set(others) - set(names)))
-    common = [name for name in names if name in set(others)]
+    names, others = first.tensor_names(), set(second.tensor_names())
+    diff = TensorsDiff(sorted(set(names) - others), sorted(others - set(names)))
+    common = [name for name in names if name in others]
     total = sum(math.prod(first.shape(name)) * first.dtype(name).itemsize for name in common)
     progress = Progress("compare", total / 1e6, "MB") if total >= _QUIET_BYTES else None
     for name in common:
@@ -97,10 +97,12 @@ def _distance(first: TensorSource, second: TensorSource, name: str, progress: Pr
     largest, squares, norm, is_equal = 0.0, 0.0, 0.0, True
     for offsets, sizes in first.boxes(name):
         one, other = first.read_box(name, offsets, sizes), second.read_box(name, offsets, sizes)
-        is_equal = is_equal and _has_same_bits(one, other)
+        has_same_bits = _has_same_bits(one, other)
+        is_equal = is_equal and has_same_bits
         if one.numel():
             wide = _wide(one)
             norm += float(wide.norm()) ** 2
+        if one.numel() and not has_same_bits:  # equal bits differ by 0, also where they are NaN
             difference = wide.sub_(_wide(other))
             squares += float(difference.norm()) ** 2
             largest = _larger(largest, float(difference.abs_().max()))

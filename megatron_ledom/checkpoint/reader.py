@@ -161,7 +161,12 @@ class Checkpoint:
         return self._read_box(tensor, (index, *(0 for _ in rest)), (1, *rest))[0]
 
     def boxes(self, name: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """How `name` is cut in the files: (offsets, sizes) of each part, which `read_box` reads one at a time."""
+        """How `name` is cut in the files: (offsets, sizes) of each part, which `read_box` reads one at a time.
+
+        Raises:
+            CheckpointError: there is none of that name, or the parts do not fill it exactly once.
+        """
+        self.check_chunks(name)
         return [(chunk.offsets, chunk.sizes) for chunk in self._stored(name).chunks]
 
     def check_chunks(self, name: str) -> None:
@@ -256,10 +261,16 @@ class _FileSlice(io.RawIOBase):
         path: the file.
         start: first byte.
         length: number of bytes.
+
+    Raises:
+        CheckpointError: the file cannot be opened.
     """
 
     def __init__(self, path: Path, start: int, length: int) -> None:
-        self._file = path.open("rb")
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         self._start, self._length, self._position = start, length, 0
 
     def readable(self) -> bool:
@@ -305,6 +316,8 @@ def _read_index(index: Any, folder: Path) -> tuple[dict[Any, StoredBytes], dict[
     tensors: dict[str, StoredTensor] = {}
     objects: set[str] = set()
     for name, entry in index.state_dict_metadata.items():
+        if not isinstance(name, str) or not name.isprintable():  # it goes to terminals, and is sorted with others
+            raise CheckpointError(f"{folder / INDEX} is refused: {name!r:.200} is no name")
         if hasattr(entry, "chunks"):
             tensors[name] = _stored_tensor(name, entry, stored, folder)
         else:

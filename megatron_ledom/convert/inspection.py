@@ -184,7 +184,7 @@ def inspect(
 
 def inspection_json(found: dict[str, Any]) -> str:
     """A result of `inspect` as JSON; what is not finite becomes "inf" or "nan", for which JSON has no number."""
-    return json.dumps(describe.plain(found), indent=2)
+    return json.dumps(describe.plain(found, max_values=10**7), indent=2)
 
 
 def compare(first: Inspected, second: Inspected) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def read_sums(folder: Path) -> dict[str, str] | None:
     for number, line in enumerate(lines, 1):
         sha256, separator, name = line.partition(" ")
         name = name[1:] if name[:1] in {" ", "*"} else name
-        if not separator or len(sha256) != 64 or not name:
+        if not separator or len(sha256) != 64 or not name or "\0" in name:
             raise CheckpointError(f"{path}:{number}: not a line of sha256sum: {line[:80]!r}")
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"{path}:{number} is refused: it names {name!r}, outside the folder")
@@ -245,8 +245,11 @@ def _file_faults(path: Path, step: int | None) -> list[str] | None:
     faults = []
     for name, sha256 in sums.items():
         try:
-            if hash_file(path / name) != sha256:
+            if (path / name).exists() and not (path / name).is_file():  # reading a pipe would never end
+                faults.append(f"{path / name} is no file")
+            elif hash_file(path / name) != sha256:
                 faults.append(f"{path / name} has changed since it was written: another SHA-256")
         except OSError as error:
             faults.append(f"{path / name} cannot be read: {error.strerror}")
-    return faults
+    added = sorted(file.name for file in path.glob("*.safetensors") if file.name not in sums)
+    return faults + [f"{path / name} was not there when the folder was written" for name in added]
