@@ -172,6 +172,8 @@ def is_equal(first: Path, second: Path) -> bool:
     """Whether the tensors of two folders are equal bit for bit, by our own tool."""
     command = [sys.executable, str(REPOSITORY / "tools" / "inspect_checkpoint.py"), str(first)]
     done = subprocess.run([*command, "--diff", str(second), "--json"], capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{command} ended with status {done.returncode}: {done.stderr[-2000:]}")
     diff = json.loads(done.stdout)["diff"]
     named = diff["only_first"] or diff["only_second"] or diff["shapes"] or diff["dtypes"]
     return not named and all(value["bitwise_equal"] for value in diff["values"].values())

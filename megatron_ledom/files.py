@@ -1,4 +1,4 @@
-"""Large output: files hashed while they are written, and folders that get their name last.
+"""Large input and output: read ahead, hashed while it is written, folders that get their name last.
 
 It owns how bytes reach the disk and what is said when they cannot; what they mean is
 everybody else's business.
@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a file system says when it takes no more: no space, no quota, a limit on the size of a file."""
 _BLOCK_BYTES = 8 * 2**20
 _HASH_ASIDE_BYTES = 2**20  # below this, handing the bytes to a thread costs more than hashing them
+_SYNC_EVERY_BYTES = 2**27  # often enough that the disk never waits, and that little is left to do at the end
 
 
 class HashingFile:
@@ -30,6 +31,7 @@ class HashingFile:
 
     Writing and hashing of one buffer go on at the same time in two threads, so that a large
     write takes as long as the slower of the two, and the buffer is free when `write` returns.
+    A third one forces to disk what was written before, so that `finish` has little to wait for.
 
     Args:
         path: must not exist.
@@ -41,7 +43,9 @@ class HashingFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._hash = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="hash-and-sync")
+        self._syncing: Future[None] | None = None
+        self._unsynced_bytes = 0
         try:
             self._file = path.open("xb")
         except OSError as error:
@@ -50,7 +54,7 @@ class HashingFile:
     def write(self, data: Any) -> int:
         """Append a buffer; return its length in bytes."""
         view = memoryview(data).cast("B")
-        aside = self._thread.submit(self._hash.update, view) if view.nbytes >= _HASH_ASIDE_BYTES else None
+        aside = self._threads.submit(self._hash.update, view) if view.nbytes >= _HASH_ASIDE_BYTES else None
         try:
             self._file.write(view)
         except OSError as error:
@@ -60,6 +64,11 @@ class HashingFile:
                 self._hash.update(view)
             else:
                 aside.result()
+        self._unsynced_bytes += view.nbytes
+        if self._unsynced_bytes >= _SYNC_EVERY_BYTES and (self._syncing is None or self._syncing.done()):
+            self._wait_for_sync()
+            self.flush()
+            self._syncing, self._unsynced_bytes = self._threads.submit(os.fdatasync, self._file.fileno()), 0
         return view.nbytes
 
     def tell(self) -> int:
@@ -75,6 +84,7 @@ class HashingFile:
 
     def finish(self) -> str:
         """Force the bytes to disk, close, and return the SHA-256 in hexadecimal."""
+        self._wait_for_sync()
         self.flush()
         try:
             os.fsync(self._file.fileno())
@@ -85,9 +95,28 @@ class HashingFile:
 
     def abandon(self) -> None:
         """Close the file as it is."""
-        self._thread.shutdown()
+        self._threads.shutdown()
         with contextlib.suppress(OSError):  # what could not be flushed is not wanted any more
             self._file.close()
+
+    def _wait_for_sync(self) -> None:
+        """Raise what the disk said of an earlier part: it says it once."""
+        try:
+            if self._syncing is not None:
+                self._syncing.result()
+        except OSError as error:
+            raise _refusal(self.path, self._file.tell(), error) from error
+        self._syncing = None
+
+
+def one_ahead[T](source: Iterator[T]) -> Iterator[T]:
+    """Yield what `source` yields, the next item being made in a thread while one is used: two exist at a time."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="one-ahead") as thread:
+        pending: Future[Any] = thread.submit(next, source, end)
+        while (item := pending.result()) is not end:
+            pending = thread.submit(next, source, end)
+            yield item
 
 
 def hash_file(path: Path, *, on_read: Callable[[int], None] | None = None, sync: bool = False) -> str:

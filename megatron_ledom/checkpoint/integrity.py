@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from megatron_ledom.log import Progress
 
 LIST_NAME = "checksums.json"
 FORMAT_VERSION = 1
+_PARTIAL = f".{LIST_NAME}."
+"""How the name of an unfinished list begins."""
 _QUIET_BYTES = 2**30
 """Below this a progress line would be gone before it is read."""
 
@@ -37,7 +42,7 @@ def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> Non
         OutputError: the list cannot be written.
     """
     known = known or {}
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != LIST_NAME)
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and not _is_list(path.name))
     progress = _progress("hash", [path for path in paths if path.name not in known])
     files = {}
     for path in paths:
@@ -48,7 +53,7 @@ def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> Non
             raise CheckpointError(f"{path} cannot be read for its checksum: {error}") from error
     if progress:
         progress.close()
-    temporary = folder / f".{LIST_NAME}.{os.getpid()}.partial"
+    temporary = folder / f"{_PARTIAL}{os.getpid()}.partial"
     temporary.unlink(missing_ok=True)
     file = HashingFile(temporary)
     try:
@@ -74,7 +79,7 @@ def read_checksums(folder: Path) -> dict[str, dict[str, Any]] | None:
         entries = {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(f"{path} has format {version!r}, this version of megatron_ledom reads {FORMAT_VERSION}")
@@ -84,8 +89,12 @@ def read_checksums(folder: Path) -> dict[str, dict[str, Any]] | None:
     return entries
 
 
-def find_faults(folder: Path) -> list[str] | None:
+def find_faults(folder: Path, *, is_over: threading.Event | None = None) -> list[str] | None:
     """Compare every file with the list.
+
+    Args:
+        folder: a finished step folder.
+        is_over: set by another thread that does not want the answer any more; then no progress is shown.
 
     Returns:
         What is wrong, one line a file ([]: nothing); None where the folder has no list.
@@ -93,22 +102,25 @@ def find_faults(folder: Path) -> list[str] | None:
     entries = read_checksums(folder)
     if entries is None:
         return None
-    progress = _progress("verify", [folder / name for name in entries if (folder / name).is_file()])
-    faults = [fault for name, entry in sorted(entries.items()) if (fault := _fault(folder / name, entry, progress))]
+    progress = None
+    if is_over is None:
+        progress = _progress("verify", [folder / name for name in entries if (folder / name).is_file()])
+    on_read = _counted(progress) if is_over is None else _unless(is_over)
+    faults = [fault for name, entry in sorted(entries.items()) if (fault := _fault(folder / name, entry, on_read))]
     if progress:
         progress.close()
     added = sorted(p.name for p in folder.glob("*.distcp") if p.name not in entries)
     return faults + [f"{folder / name} was not there when the checkpoint was saved" for name in added]
 
 
-def _fault(path: Path, entry: dict[str, Any], progress: Progress | None) -> str | None:
+def _fault(path: Path, entry: dict[str, Any], on_read: Callable[[int], None] | None) -> str | None:
     try:
         if not path.is_file():
             return f"{path} is missing"
         num_bytes = path.stat().st_size
         if num_bytes != entry["bytes"]:
             return f"{path} has {num_bytes:,} bytes, it was saved with {entry['bytes']:,}"
-        found = hash_file(path, on_read=_counted(progress))
+        found = hash_file(path, on_read=on_read)
     except OSError as error:
         return f"{path} cannot be read ({error})"
     if found != entry["sha256"]:
@@ -125,12 +137,38 @@ def verify_checksums(folder: Path) -> bool:
     Raises:
         CheckpointError: naming every file that differs.
     """
-    faults = find_faults(folder)
+    return _refuse(folder, find_faults(folder))
+
+
+@contextmanager
+def verifying_checksums(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Do what `verify_checksums` does in a thread while the block runs.
+
+    Hashing takes as long as converting; on the same files at the same time it costs a core and no second reading.
+
+    Yields:
+        A function to call before the block's work counts: it waits, and returns or raises as `verify_checksums` does.
+    """
+    is_over = threading.Event()
+    with ThreadPoolExecutor(1, thread_name_prefix="verify") as thread:
+        faults = thread.submit(find_faults, folder, is_over=is_over)
+        try:
+            yield lambda: _refuse(folder, faults.result())
+        finally:
+            is_over.set()
+
+
+def _refuse(folder: Path, faults: list[str] | None) -> bool:
     if faults:
         raise CheckpointError(
             f"{folder} is damaged: {'; '.join(faults)}. Copy it again from where it was saved, or take an earlier step"
         )
     return faults is not None
+
+
+def _is_list(name: str) -> bool:
+    """Whether it is the list, or what a killed process left of one: neither is a file of the checkpoint."""
+    return name == LIST_NAME or name.startswith(_PARTIAL)
 
 
 def _progress(label: str, paths: list[Path]) -> Progress | None:
@@ -140,3 +178,11 @@ def _progress(label: str, paths: list[Path]) -> Progress | None:
 
 def _counted(progress: Progress | None) -> Callable[[int], None] | None:
     return None if progress is None else lambda num_bytes: progress.update(num_bytes / 1e6)
+
+
+def _unless(is_over: threading.Event) -> Callable[[int], None]:
+    def check(num_bytes: int) -> None:
+        if is_over.is_set():
+            raise CancelledError
+
+    return check

@@ -32,16 +32,16 @@ from megatron_ledom.checkpoint.integrity import write_checksums
 from megatron_ledom.checkpoint.locate import RELEASE, TRACKER
 from megatron_ledom.checkpoint.writer import CheckpointWriter
 from megatron_ledom.convert import names, tensors
-from megatron_ledom.convert.hf_weights import HfWeights
+from megatron_ledom.convert.hf_weights import HfWeights, check_inside
 from megatron_ledom.convert.llama_arguments import megatron_settings, model_direction, read_config
 from megatron_ledom.convert.llama_config import CONFIG_NAME, attention_shape, is_tied
 from megatron_ledom.convert.parity import REPORT_NAME, check_parity
 from megatron_ledom.convert.safetensors_file import ITEM_BYTES
-from megatron_ledom.convert.tokenizer_files import TOKENIZER_FILES
+from megatron_ledom.convert.tokenizer_files import copy_tokenizer_files
 from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import CheckpointError, OutputExistsError, TokenizerMismatchError, UsageError
-from megatron_ledom.files import folder_beside
+from megatron_ledom.files import folder_beside, one_ahead
 from megatron_ledom.log import Progress, get_logger
 
 if TYPE_CHECKING:
@@ -262,14 +262,14 @@ def expected_shapes(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
 def write_checkpoint(
     weights: HfWeights, places: list[Place], args: argparse.Namespace, folder: Path, *, dtype: str, num_bytes: int
 ) -> None:
-    """Stream every weight into the new checkpoint `folder`; in memory are the parts of one packed tensor at most."""
+    """Stream every weight into the new checkpoint `folder`; in memory are two packed tensors at most."""
     folder.mkdir()
     progress = Progress("import", num_bytes / 1e6, "MB")
     with CheckpointWriter(folder) as writer:
-        for place in places:
-            for values, offsets in _packed(weights, place, args, dtype):
-                writer.write_chunk(place.megatron, values, shape=place.shape, offsets=offsets)
-                progress.update(values.nbytes / 1e6)
+        chunks = ((place, *chunk) for place in places for chunk in _packed(weights, place, args, dtype))
+        for place, values, offsets in one_ahead(chunks):
+            writer.write_chunk(place.megatron, values, shape=place.shape, offsets=offsets)
+            progress.update(values.nbytes / 1e6)
         for module in WITH_EXTRA_STATE:
             for layer in range(args.num_layers):
                 name = f"{names.MEGATRON_LAYERS}{module}._extra_state/shard_{layer}_{args.num_layers}"
@@ -351,6 +351,8 @@ def _find_tokenizer(load: Path, asked: Path | None, config: dict[str, Any]) -> T
     is_sentencepiece = place.suffix == ".model" or not (place / "tokenizer.json").is_file()
     if is_sentencepiece and place.is_dir():
         place = place / "tokenizer.model"
+    if asked is None:
+        check_inside(place if place.is_file() else place / "tokenizer.json")
     tokenizer = load_tokenizer("SentencePieceTokenizer" if is_sentencepiece else "HuggingFaceTokenizer", place)
     if tokenizer.vocab_size > config["vocab_size"]:
         raise TokenizerMismatchError(
@@ -371,9 +373,7 @@ def _copy_tokenizer(tokenizer: Tokenizer, target: Path) -> None:
     if source.is_file():
         shutil.copyfile(source, target / "tokenizer.model")
         return
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    copy_tokenizer_files(source, target)
 
 
 def _record(

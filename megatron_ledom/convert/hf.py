@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ledom import __version__
 from megatron_ledom.checkpoint import Checkpoint
-from megatron_ledom.checkpoint.integrity import verify_checksums
+from megatron_ledom.checkpoint.integrity import verifying_checksums
 from megatron_ledom.checkpoint.locate import INDEX
 from megatron_ledom.convert import names, tensors
 from megatron_ledom.convert.export_folder import ExportFolder, export_folder
@@ -47,6 +46,7 @@ from megatron_ledom.convert.tokenizer_files import find_tokenizer, num_table_row
 from megatron_ledom.data.tokenizers import Tokenizer
 from megatron_ledom.direction import describe_direction
 from megatron_ledom.errors import CheckpointError, OutputExistsError, UsageError
+from megatron_ledom.files import one_ahead
 from megatron_ledom.log import Progress, get_logger
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def export_checkpoint(
         options: see `ExportOptions`.
 
     Raises:
-        CheckpointError: the checkpoint is absent, unfinished or damaged, or is no Llama.
+        CheckpointError: the checkpoint is absent, unfinished or damaged, not the one that was saved, or is no Llama.
         OutputExistsError: `output` is there already.
         InputError, TokenizerMismatchError: no tokenizer, or not the one of the weights.
         ParityError: the logits differ from Megatron's.
@@ -111,22 +111,25 @@ def export_checkpoint(
 
     check_target()
     checkpoint = Checkpoint.open(load, step)
-    verify_checksums(checkpoint.folder)
     direction, where = checkpoint.direction, str(checkpoint.folder)
     check_is_llama(checkpoint.args, where=where)
     tokenizer = find_tokenizer(checkpoint.args, checkpoint.folder, options.tokenizer)
     vocab_size = num_table_rows(checkpoint.args, tokenizer)
     items, plan = plan_weights(checkpoint, vocab_size=vocab_size, options=options)
     num_parameters = plan.tensor_bytes // ITEM_BYTES[plan.dtype]
-    with export_folder(
-        output,
-        identity=weights_identity(checkpoint, plan),
-        needed_bytes=plan.tensor_bytes + _SPARE_BYTES,
-        check_target=check_target,
-    ) as target:
+    with (
+        export_folder(
+            output,
+            identity=weights_identity(checkpoint, plan),
+            needed_bytes=plan.tensor_bytes + _SPARE_BYTES,
+            check_target=check_target,
+        ) as target,
+        verifying_checksums(checkpoint.folder) as check_checksums,
+    ):
         folder = target.path
         config = write_configuration(checkpoint, tokenizer, folder, vocab_size=vocab_size, dtype=plan.dtype)
         write_weights(checkpoint, items, plan, target, vocab_size=vocab_size)
+        check_checksums()
         report = None
         if options.parity:
             report = check_parity(checkpoint.folder, folder)
@@ -234,41 +237,49 @@ def write_weights(
         CheckpointError: a chunk is damaged, or a weight is not finite in the output's dtype.
         OutputError: the file system refuses.
     """
-    shape = attention_shape(checkpoint.args)
     with ShardWriter(target.path, plan, finished=target.finished, on_finished=target.finish_file) as writer:
         wanted = set(writer.expected)
-
-        def read(item: names.Item) -> list[tuple[str, torch.Tensor]]:
-            layer = item.layer
-            stored = checkpoint.read(item.megatron) if layer is None else checkpoint.read_slice(item.megatron, layer)
-            parts = zip(item.hf, unpack(item, stored, shape, vocab_size), strict=True)
-            return [(name, _converted(name, part, plan.dtype)) for name, part in parts if name in wanted]
-
         progress = Progress("export", plan.num_bytes(wanted) / 1e6, "MB")
-        for parts in _read_ahead([item for item in items if wanted.intersection(item.hf)], read):
-            while parts:  # emptied, so that nothing is held when the next one is asked for
-                name, tensor = parts.pop(0)
-                writer.write(name, tensor)
-                progress.update(tensor.nbytes / 1e6)
-                del tensor
+        parts = _converted_parts(checkpoint, items, wanted, vocab_size=vocab_size, dtype=plan.dtype)
+        for name, tensor in one_ahead(parts):
+            writer.write(name, tensor)
+            progress.update(tensor.nbytes / 1e6)
         progress.close()
     index = plan.index()
     if index is not None:
         _write_json(target.path / INDEX_NAME, index)
 
 
-def _read_ahead(
-    items: list[names.Item], read: Callable[[names.Item], list[tuple[str, torch.Tensor]]]
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """What `read` makes of each item, the next one being read in a thread while one is used."""
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
-        pending = [thread.submit(read, item) for item in items[:1]]
-        for following in [*items[1:], None]:
-            if pending:
-                parts = pending.pop().result()
-                if following is not None:
-                    pending.append(thread.submit(read, following))
-                yield parts
+def _converted_parts(
+    checkpoint: Checkpoint, items: list[names.Item], wanted: set[str], *, vocab_size: int, dtype: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read the tensors of the names in `wanted`, in order, as the export stores them."""
+    shape = attention_shape(checkpoint.args)
+    for item in items:
+        if not wanted.intersection(item.hf):
+            continue
+        if item.packing == "gate_up":
+            parts = _read_halves(checkpoint, item)
+        else:
+            layer = item.layer
+            stored = checkpoint.read(item.megatron) if layer is None else checkpoint.read_slice(item.megatron, layer)
+            parts = iter(unpack(item, stored, shape, vocab_size))
+            del stored
+        for name, part in zip(item.hf, parts, strict=True):
+            if name in wanted:
+                yield name, _converted(name, part, dtype)
+
+
+def _read_halves(checkpoint: Checkpoint, item: names.Item) -> Iterator[torch.Tensor]:
+    """Read what `split_gate_up` takes apart as two boxes: Megatron stores the halves apart, so nothing is copied."""
+    is_stacked = item.layer is not None
+    rows, *rest = checkpoint.shape(item.megatron)[is_stacked:]
+    stack = (item.layer,) if item.layer is not None else ()
+    for start in (0, rows // 2):
+        box = checkpoint.read_box(
+            item.megatron, (*stack, start, *(0 for _ in rest)), (*(1,) * is_stacked, rows // 2, *rest)
+        )
+        yield box[0] if is_stacked else box
 
 
 def _converted(name: str, part: torch.Tensor, dtype: str) -> torch.Tensor:
