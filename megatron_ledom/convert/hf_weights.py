@@ -133,26 +133,35 @@ def _why_none(folder: Path) -> str:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file `name` of `folder`, which must not lie elsewhere.
-
-    A link to a file's content elsewhere is how download caches lay out a folder: it is followed if
-    the folder itself is in that cache, that is, if both have a parent of the name `models--*` in common.
-    """
+    """The file `name` of `folder`, which must not lie elsewhere (see `check_inside`)."""
     if Path(name).name != name or name in {"", ".", ".."} or not name.endswith(".safetensors"):
         raise CheckpointError(f"{folder / INDEX_NAME} is refused: it names the file {name[:200]!r}, outside the folder")
     path = folder / name
     try:
         if not path.exists():
             raise CheckpointError(f"{path} is missing: the folder was not copied whole")
-        real, home = path.resolve(), folder.resolve()
+        check_inside(path)
     except OSError as error:  # a name that no file system takes
         raise CheckpointError(f"{folder / INDEX_NAME} is refused: it names {name[:80]!r} ({error.strerror})") from error
+    return path
+
+
+def check_inside(path: Path) -> None:
+    """Refuse a file whose content lies outside its folder.
+
+    A link to a file's content elsewhere is how download caches lay out a folder: it is followed if
+    the folder itself is in that cache, that is, if both have a parent of the name `models--*` in common.
+
+    Raises:
+        CheckpointError: it is a link that leaves the folder, or no file.
+        OSError: the file system refuses the name.
+    """
+    real, home = path.resolve(), path.parent.resolve()
     roots = [home, *(parent for parent in home.parents if parent.name.startswith("models--"))]
     if not any(real.is_relative_to(root) for root in roots):
         raise CheckpointError(f"{path} is refused: it leads to {real}, outside the folder")
     if not real.is_file():
         raise CheckpointError(f"{path} is refused: it is no file")
-    return path
 
 
 def _check_index(folder: Path, index: dict[str, str], files: dict[str, Path]) -> None:

@@ -9,11 +9,10 @@ then has the last word.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-from megatron_ledom.convert.llama_config import CONFIG_NAME, LEDOM_FORMAT_VERSION, LLAMA3_ROPE
+from megatron_ledom.convert.llama_config import CONFIG_NAME, LEDOM_FORMAT_VERSION, LLAMA3_ROPE, is_positive
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import CheckpointError, DirectionError, UsageError
 from megatron_ledom.log import get_logger
@@ -175,7 +174,7 @@ def _size_problems(config: dict[str, Any]) -> list[str]:
             problems.append(f"{name} is {value!r}, expected a positive integer")
     for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
         value = config.get(name)
-        if value is not None and not _is_positive(value):
+        if value is not None and not is_positive(value):
             problems.append(f"{name} is {value!r}, expected a positive number")
     if problems:
         return problems
@@ -195,7 +194,7 @@ def _rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
     base = rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
     partial = rope.pop("partial_rotary_factor", 1.0)
     factor: Any = rope.get("factor")
-    if not _is_positive(base) or partial != 1:
+    if not is_positive(base) or partial != 1:
         raise CheckpointError(f"{where}: rope_theta {base!r} with partial_rotary_factor {partial!r} cannot be imported")
     settings = {
         "rotary_base": int(base) if float(base).is_integer() else float(base),
@@ -205,15 +204,11 @@ def _rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
     }
     if kind == "default" and not rope:
         return settings
-    if kind == "linear" and set(rope) == {"factor"} and _is_positive(factor) and float(factor).is_integer():
+    if kind == "linear" and set(rope) == {"factor"} and is_positive(factor) and float(factor).is_integer():
         return settings | {"rotary_seq_len_interpolation_factor": int(factor)}
-    if kind == "llama3" and _is_positive(factor) and rope == LLAMA3_ROPE | {"factor": factor}:
+    if kind == "llama3" and is_positive(factor) and rope == LLAMA3_ROPE | {"factor": factor}:
         return settings | {"use_rope_scaling": True, "rope_scaling_factor": float(factor)}
     raise CheckpointError(
         f"{where}: rotary positions of type {kind!r} with {rope} cannot be imported: Megatron has the default ones, "
         f"linear ones with a whole factor, and llama3 with {LLAMA3_ROPE}"
     )
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0

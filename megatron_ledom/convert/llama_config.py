@@ -8,6 +8,7 @@ recomputation, fused kernels, optimizer).
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,16 @@ REQUIREMENTS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 )
 
 
+REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
+SIZES = (*REQUIRED, "padded_vocab_size", "seq_length", "kv_channels", "num_query_groups")
+NUMBERS = (
+    *("layernorm_epsilon", "rotary_base", "init_method_std", "rope_scaling_factor"),
+    "rotary_seq_len_interpolation_factor",
+)
+OPTIONAL = ("kv_channels", "num_query_groups", "rope_scaling_factor", "rotary_seq_len_interpolation_factor")
+"""Of the two lists above, what may be None."""
+
+
 @dataclass(frozen=True)
 class AttentionShape:
     """H, G and D of a model, as `tensors.split_qkv` wants them."""
@@ -67,8 +78,11 @@ def check_is_llama(args: argparse.Namespace, *, where: str) -> None:
         where: names the checkpoint in messages.
 
     Raises:
-        CheckpointError: naming every argument that stands in the way.
+        CheckpointError: naming every argument that stands in the way, or is no number where one is needed.
     """
+    problems = _number_problems(args)
+    if problems:
+        raise CheckpointError(f"{where} has damaged arguments: {'; '.join(problems)}")
     problems = [
         f"{name}={getattr(args, name)!r} ({reason})"
         for name, accepted, reason in REQUIREMENTS
@@ -83,6 +97,29 @@ def check_is_llama(args: argparse.Namespace, *, where: str) -> None:
         problems.append("rotary_seq_len_interpolation_factor with use_rope_scaling (a Llama has one or the other)")
     if problems:
         raise CheckpointError(f"{where} cannot be a Llama: {'; '.join(problems)}")
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a number above zero; True is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _number_problems(args: argparse.Namespace) -> list[str]:
+    problems = []
+    for name in (*SIZES, *NUMBERS):
+        value = getattr(args, name, None)
+        if value is None and (name in OPTIONAL or not hasattr(args, name)):
+            continue
+        is_right = is_positive(value) if name in NUMBERS else type(value) is int and 0 < value < 2**31
+        if not is_right:
+            problems.append(
+                f"{name} is {str(value)[:80]!r}, expected a positive {'number' if name in NUMBERS else 'size'}"
+            )
+    problems += [f"{name} is missing" for name in REQUIRED if not hasattr(args, name)]
+    origin = getattr(args, "hf_origin", None)
+    if origin is not None and not (isinstance(origin, dict) and isinstance(origin.get("vocab_size"), int | None)):
+        problems.append(f"hf_origin is {str(origin)[:80]!r}, expected what an import wrote")
+    return problems
 
 
 def attention_shape(args: argparse.Namespace) -> AttentionShape:
@@ -115,11 +152,12 @@ def llama_config(
         dtype: "float32", "bfloat16" or "float16".
 
     Returns:
-        What transformers 5 writes; `rope_theta` and `torch_dtype` are there once more under the
-        names that older readers look for.
+        What transformers 5 writes; `rope_theta`, `rope_scaling` and `torch_dtype` are there once more
+        under the names that older readers look for: one that finds no `rope_scaling` leaves it out in silence.
     """
     shape = attention_shape(args)
     rope = rope_parameters(args)
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -136,6 +174,7 @@ def llama_config(
         "rms_norm_eps": args.layernorm_epsilon,
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
+        **({} if rope["rope_type"] == "default" else {"rope_scaling": scaling}),
         "attention_bias": False,
         "attention_dropout": args.attention_dropout,
         "mlp_bias": False,

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_ledom.convert.hf_weights import check_inside
 from megatron_ledom.convert.sentencepiece_json import build_backend
 from megatron_ledom.data.tokenizers import SENTENCEPIECE_TYPES, Tokenizer, load_tokenizer
 from megatron_ledom.errors import InputError, TokenizerMismatchError
@@ -70,6 +71,7 @@ def write_tokenizer(tokenizer: Tokenizer, args: argparse.Namespace, folder: Path
 
     Raises:
         TokenizerMismatchError: transformers gives other ids from these files.
+        CheckpointError: one of the files is a link to something outside its folder.
     """
     source = Path(tokenizer.model)
     if tokenizer.type == "GPT2BPETokenizer":
@@ -79,10 +81,25 @@ def write_tokenizer(tokenizer: Tokenizer, args: argparse.Namespace, folder: Path
     elif tokenizer.type in SENTENCEPIECE_TYPES:
         _write_sentencepiece(source, folder)
     else:
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        copy_tokenizer_files(source, folder)
     return _try_tokenizer(tokenizer, folder)
+
+
+def copy_tokenizer_files(source: Path, target: Path) -> None:
+    """Copy what belongs to a Hugging Face tokenizer from folder to folder, but no mention of code, which is not copied.
+
+    Raises:
+        CheckpointError: one of the files is a link to something outside its folder.
+    """
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            check_inside(source / name)
+            shutil.copyfile(source / name, target / name)
+    path = target / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "auto_map" in config:
+        del config["auto_map"]
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def num_table_rows(args: argparse.Namespace, tokenizer: Tokenizer) -> int:
@@ -152,15 +169,21 @@ def _check_identity(args: argparse.Namespace, tokenizer: Tokenizer, checkpoint_f
 
 
 def _write_sentencepiece(source: Path, folder: Path) -> None:
-    """The model itself, for readers of SentencePiece, and the same as tokenizer.json, for transformers."""
-    from sentencepiece import SentencePieceProcessor
+    """The model itself, for readers of SentencePiece, and the same as tokenizer.json, for transformers.
+
+    llama.cpp puts a first id and a first space before every text unless tokenizer_config.json says otherwise.
+    """
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
     shutil.copyfile(source, folder / "tokenizer.model")
     build_backend(source).save(str(folder / "tokenizer.json"))
     pieces = SentencePieceProcessor(model_file=str(source))
     ids = {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "unk": pieces.unk_id(), "pad": pieces.pad_id()}
     tokens = {f"{name}_token": pieces.id_to_piece(i) for name, i in ids.items() if i >= 0}
-    _write_config(folder, {"tokenizer_class": "PreTrainedTokenizerFast", **tokens})
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(source.read_bytes())
+    added = {"add_bos_token": False, "add_eos_token": False, "add_prefix_space": proto.normalizer_spec.add_dummy_prefix}
+    _write_config(folder, {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, **added})
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:

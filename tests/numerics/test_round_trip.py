@@ -45,7 +45,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "several ends": {"eos_token_id": [0, 5], "bos_token_id": None},
 }
-ONE_SIDED = {"ledom", "torch_dtype", "rope_theta", "transformers_version", "pad_token_id", "pretraining_tp"}
+ONE_SIDED = {
+    *("ledom", "torch_dtype", "rope_theta", "rope_scaling"),
+    *("transformers_version", "pad_token_id", "pretraining_tp"),
+}
 """What an export writes for other readers, and transformers' fields without influence on a Llama."""
 
 

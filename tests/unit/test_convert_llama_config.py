@@ -99,3 +99,19 @@ def test_an_argument_of_another_version_has_no_say() -> None:
     args = arguments()
     del args.softmax_type
     assert build(args).num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("name", [*module.SIZES, *module.NUMBERS, "hf_origin"])
+@pytest.mark.parametrize("value", [0, -1, "12", 1.5j, [3], float("nan"), {"a": 1}, True])
+def test_an_argument_that_is_no_number_is_refused_by_name(name: str, value: Any) -> None:
+    if name == "hf_origin" and isinstance(value, dict):
+        value = {"vocab_size": "many"}
+    with pytest.raises(CheckpointError, match=rf"save has damaged arguments: {name} is "):
+        module.check_is_llama(arguments(**{name: value}), where="save")
+
+
+def test_a_size_that_is_absent_is_missed() -> None:
+    args = arguments()
+    del args.hidden_size
+    with pytest.raises(CheckpointError, match="damaged arguments: hidden_size is missing"):
+        module.check_is_llama(args, where="save")
