@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 TOLERANCE = 1e-4
 LAYOUTS = {"TP1 PP1": (1, 1), "PP2": (1, 2), "TP3": (3, 1)}
 STEPS, LENGTH, BATCH = 10, 96, 2
-LR, BETAS, EPSILON, WEIGHT_DECAY, CLIP = 1e-5, (0.9, 0.95), 1e-8, 0.1, 1.0
+LR, BETAS, EPSILON, WEIGHT_DECAY, CLIP = 5e-6, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,7 @@ def test_ten_steps_of_training_have_the_same_losses(original: Path, trained: lis
     print(f"ten steps: losses {found[0]:.4f} to {found[-1]:.4f}, within {worst:.1e} of Megatron's")
     with torch.no_grad():
         again = losses(model, trained[0]).mean().item()
+    print(f"the first batch's loss afterwards: {again:.4f}")
     assert again < found[0] - 0.01, "the weights must have moved, else equality says little"
     assert found == pytest.approx(expected, abs=TOLERANCE)
 
