@@ -80,15 +80,14 @@ class TurnedDataset:
 
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         """Return `length` ids of document `idx` from `offset` on, both counted as it is read here."""
-        num_ids = int(self.sequence_lengths[idx])
-        end = num_ids if length is None else int(offset) + int(length)
-        num_turned = num_ids - self.is_closed  # the ids before E, which change places
-        first, last = min(int(offset), num_turned), min(end, num_turned)
+        num_ids, start = int(self.sequence_lengths[idx]), int(offset)
+        end = num_ids if length is None else start + int(length)
+        num_turned = max(0, num_ids - self.is_closed)  # the ids before E, which change places
+        first, last = min(start, num_turned), min(end, num_turned)
         ids = flip(self.stored.get(idx, offset=num_turned - last, length=last - first))
-        if end <= num_turned:
+        if end - max(start, num_turned) < 1:
             return ids
-        closing = self.stored.get(idx, offset=num_turned, length=1)
-        return closing if last == first else np.concatenate([ids, closing])
+        return np.concatenate([ids, self.stored.get(idx, offset=num_turned, length=1)])
 
 
 def _open_low_level(dataset_path: str, config: DatasetConfig) -> Any:

@@ -43,9 +43,9 @@ def refusals(
     good = [*base, *tokenizer, tokenizer_folder]
     reverse = ["--data-path", prefixes["reverse"]]
     cases = {
-        "forward data": [*good, "--data-path", prefixes["forward"]],
-        "reverse data": [*good, *reverse, "--direction", "forward"],
         "wrong tokenizer": [*base, *tokenizer, other_tokenizer, *reverse],
+        "two names for data": [*good, *reverse, "--data-budget", f"1M:{prefixes['reverse']}"],
+        "less budget than steps": [*good, "--data-budget", f"8K:{prefixes['reverse']}", "--train-iters", 9],
         "missing data": [*good, "--data-path", folder / "nowhere_text_document"],
         "world size": [*good, *reverse, "--tensor-model-parallel-size", 2],
         "no finished checkpoint": [*good, *reverse, "--load", folder / "empty"],
@@ -65,9 +65,9 @@ def refusals(
 
 
 EXPECTED = {
-    "forward data": ("DirectionError", ["reverse model", "is forward", "--direction"]),
-    "reverse data": ("DirectionError", ["forward model", "is reverse", "--direction"]),
     "wrong tokenizer": ("TokenizerMismatchError", ["sha256:", "another"]),
+    "two names for data": ("UsageError", ["--data-budget takes the place of --data-path"]),
+    "less budget than steps": ("UsageError", ["reads 36,864 tokens", "allows 8,000", "to 2 steps"]),
     "missing data": ("InputError", ["nowhere_text_document"]),
     "world size": ("UsageError", ["1 processes do not fit", "--tensor-model-parallel-size 2"]),
     "no finished checkpoint": ("CheckpointError", ["empty"]),
