@@ -117,22 +117,23 @@ def num_train_samples(args: argparse.Namespace) -> int:
 
 
 def length_from_budget(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
-    """`train_iters` where a budget is given and no flag names a length, for the parser's defaults; else nothing."""
-    named = {word.split("=", 1)[0] for word in argv} & {"--train-iters", "--train-samples"}
-    if not args.data_budget or named:
+    """`train_iters` where a budget is given and no flag names a length, for the parser's defaults; else nothing.
+
+    Raises:
+        UsageError: the length that a flag names reads more than the budget allows.
+    """
+    if not args.data_budget:
         return {}
-    return {"train_iters": budget_steps(parse_budgets(args.data_budget), args.seq_length, batch_size(args))}
+    budgets = parse_budgets(args.data_budget)
+    if {word.split("=", 1)[0] for word in argv} & {"--train-iters", "--train-samples"}:
+        check_budget(budgets, num_train_samples(args), args.seq_length, batch_size(args))
+        return {}
+    return {"train_iters": budget_steps(budgets, args.seq_length, batch_size(args))}
 
 
 def report_plan(args: argparse.Namespace, datasets: Datasets, data_order: str) -> str:
-    """Check the budget, warn of what is read too often, and return the plan as text.
-
-    Raises:
-        UsageError: the run reads more than `--data-budget` allows.
-    """
+    """Warn of what is read too often, and return the plan as text."""
     sources, num_samples = train_sources(args, datasets, data_order), num_train_samples(args)
-    if args.data_budget:
-        check_budget(parse_budgets(args.data_budget), num_samples, args.seq_length, batch_size(args))
     plans = plan_blend(sources, num_samples, args.seq_length)
     for plan in plans:
         if plan.epochs > args.warn_epochs:
