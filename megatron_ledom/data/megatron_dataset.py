@@ -90,36 +90,27 @@ class TurnedDataset:
         return np.concatenate([ids, self.stored.get(idx, offset=num_turned, length=1)])
 
 
-def _open_low_level(dataset_path: str, config: DatasetConfig) -> Any:
-    stored = GPTDataset.build_low_level_dataset(dataset_path, config)
-    is_closed = config.turned.get(dataset_path)
-    return stored if is_closed is None else TurnedDataset(stored, is_closed=is_closed)
-
-
 class MegatronOrderDataset(GPTDataset):
-    """Megatron's order, for runs that began with it."""
+    """Megatron's dataset in Megatron's order, over documents that may be turned."""
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: DatasetConfig) -> Any:
         """Open the files, turned where the configuration says so."""
-        return _open_low_level(dataset_path, config)
+        stored = GPTDataset.build_low_level_dataset(dataset_path, config)
+        is_closed = config.turned.get(dataset_path)
+        return stored if is_closed is None else TurnedDataset(stored, is_closed=is_closed)
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        return [*GPTDataset._key_config_attributes(), "order_version", "identities"]
 
 
-class EpochOrderDataset(GPTDataset):
+class EpochOrderDataset(MegatronOrderDataset):
     """Epochs laid end to end, each permuted by itself; see `data/order.py`.
 
     The cache is Megatron's: rank 0 builds and writes, the builder's barrier holds the others, which map the
     files; `fast_cache_load` and `defer_npy_index_mmap` find them without looking.
     """
-
-    @staticmethod
-    def build_low_level_dataset(dataset_path: str, config: DatasetConfig) -> Any:
-        """Open the files, turned where the configuration says so."""
-        return _open_low_level(dataset_path, config)
-
-    @staticmethod
-    def _key_config_attributes() -> list[str]:
-        return [*GPTDataset._key_config_attributes(), "order_version", "identities"]
 
     def _get_num_epochs(self, num_tokens_per_epoch: int) -> int:
         """The epochs to lay end to end; Megatron's `__len__` asks for it too.

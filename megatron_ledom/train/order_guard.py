@@ -132,7 +132,7 @@ def _reconstruct(written: argparse.Namespace, datasets: Datasets) -> Record:
     by_name = {Path(prefix).name: dataset for prefix, dataset in datasets.items()}
     known = {prefix: datasets.get(prefix) or by_name.get(Path(prefix).name) for prefix in data_prefixes(written)}
     if None in known.values():
-        named = [{"path": prefix, "identity": "not named by this run", "weight": math.nan} for prefix in known]
+        named = [{"path": prefix, "identity": "not named by this run", "weight": None} for prefix in known]
         return {"order": order.MEGATRON, "sources": named}
     moved = argparse.Namespace(**vars(written))
     moved.data_order, moved.data_budget = order.MEGATRON, None
@@ -171,4 +171,12 @@ def compare_orders(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 
 def _sources_text(record: Mapping[str, Any]) -> str:
-    return ", ".join(f"{s['weight']:g} {s['path']} ({s['identity'][:19]})" for s in record["sources"])
+    def text(source: Mapping[str, Any]) -> str:
+        what = source["identity"] if " " in source["identity"] else source["identity"][:12]
+        return (
+            f"{source['path']} ({what})"
+            if source["weight"] is None
+            else f"{source['weight']:g} {source['path']} ({what})"
+        )
+
+    return ", ".join(text(source) for source in record["sources"])

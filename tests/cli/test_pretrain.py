@@ -101,6 +101,21 @@ def test_torchrun_names_the_refusal_as_the_cause() -> None:
     assert 'File "' not in cause, "a refusal needs no traceback"
 
 
+def test_the_data_report_needs_no_ranks_and_leaves_nothing(
+    prefixes: dict[str, Path], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    budget = ["--data-budget", f"300B:{prefixes['reverse']}", f"100B:{prefixes['forward']}"]
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder]
+    flags = ["--preset", "2b", "--tensor-model-parallel-size", 4, "--run-dir", tmp_path / "run", "--data-report-only"]
+    done = run_tool("pretrain.py", *flags, *budget, *tokenizer)
+    assert done.returncode == 0, done.stderr
+    first, _, reverse, forward = done.stdout.splitlines()
+    assert first == "data: 400B tokens (95,368 steps of 512 samples, 48,828,416 samples of 8,192)"
+    assert "75.00 %" in reverse and "100.0 % of 300B" in reverse and "25.00 %" in forward
+    assert "forward documents, read backwards" in done.stderr and "more than --warn-epochs 4" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_help_lists_our_flags_and_megatrons_on_request() -> None:
     ours = run_tool("pretrain.py", "--help")
     assert ours.returncode == 0 and "--preset {tiny,2b,7b}" in ours.stdout
