@@ -104,6 +104,18 @@ class MegatronOrderDataset(GPTDataset):
     def _key_config_attributes() -> list[str]:
         return [*GPTDataset._key_config_attributes(), "order_version", "identities"]
 
+    def _get_num_epochs(self, num_tokens_per_epoch: int) -> int:
+        """The epochs to lay end to end; a split without a token is refused: Megatron would count for ever."""
+        self._check_not_empty(num_tokens_per_epoch)
+        return int(super()._get_num_epochs(num_tokens_per_epoch))
+
+    def _check_not_empty(self, num_tokens: int) -> None:
+        if num_tokens == 0:
+            raise InputError(
+                f"the {self.index_split.name} split of {self.dataset_path} holds no token ({len(self.indices)} "
+                f"documents), and {self.num_samples} samples are asked for. Give the split a larger share (--split)"
+            )
+
 
 class EpochOrderDataset(MegatronOrderDataset):
     """Epochs laid end to end, each permuted by itself; see `data/order.py`.
@@ -113,7 +125,7 @@ class EpochOrderDataset(MegatronOrderDataset):
     """
 
     def _get_num_epochs(self, num_tokens_per_epoch: int) -> int:
-        """The epochs to lay end to end; Megatron's `__len__` asks for it too.
+        """The epochs to lay end to end; `__len__` asks for it too, with `defer_npy_index_mmap`.
 
         A blend may draw K + 1 samples more from one of its K datasets than its share: the greedy choice exceeds
         a share by at most 1, and the length of the blend is the sum of K rounded-up shares. Megatron leaves a
@@ -163,10 +175,7 @@ class EpochOrderDataset(MegatronOrderDataset):
         num_tokens = int(lengths[self.indices].sum(dtype=np.int64))
         if num_tokens == 0:
             if self.num_samples:
-                raise InputError(
-                    f"the {split} split of {self.dataset_path} holds no token ({len(self.indices)} documents), and "
-                    f"{self.num_samples} samples are asked for. Give the split a larger share (--split)"
-                )
+                self._check_not_empty(num_tokens)
             return np.zeros(0, np.int32), np.zeros((1, 2), np.int32), np.zeros(0, np.uint32)
         num_epochs = self._get_num_epochs(num_tokens)
         indices = build_indices(

@@ -253,7 +253,7 @@ def shorten(text: str, chars: int) -> str:
     """Cut the middle out of a long text; 0 keeps it whole.
 
     >>> shorten("Once upon a time", 9)
-    'Once ... time'
+    'Once ...time'
     """
     if not chars or len(text) <= chars:
         return text

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import _get_size_per_split_per_dataset
 from megatron.core.datasets.utils import normalize
+from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
 from megatron_ledom.data import order
 from megatron_ledom.data.indexed import DatasetWriter
@@ -32,6 +33,10 @@ class EveryToken:
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         start = self.starts[idx] + offset
         return np.arange(start, self.starts[idx + 1] if length is None else start + length)
+
+    @staticmethod
+    def tokens_of(prefix: str) -> int:
+        return Path(f"{prefix}.bin").stat().st_size // 4
 
 
 TOKENIZER = SimpleNamespace(eod=0, pad=-1, vocab_size=1000, unique_identifiers={"class": "test"})
@@ -169,6 +174,54 @@ def test_a_longer_blend_continues_a_shorter_one(files: list[str], weights: list[
         assert not {i for t in texts(valid, 2) for i in t} & {i for t in expected for i in t} or len(weights) > 1
 
 
+LAYOUTS = st.sampled_from([(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)])  # data-parallel ranks, micro-batch size
+BATCH = 4
+
+
+def read(dataset: Any, num_samples: int, consumed: int, layout: tuple[int, int]) -> list[list[list[int]]]:
+    """What a run over `num_samples` samples reads from `consumed` on: its global batches, rank by rank."""
+    ranks, size = layout
+    readers = [
+        iter(MegatronPretrainingSampler(num_samples, consumed, size, rank, ranks))
+        for rank in range(ranks)
+        if consumed < num_samples
+    ]
+    batches = []
+    for _ in range(consumed, num_samples, BATCH):
+        numbers = [n for _ in range(BATCH // (ranks * size)) for reader in readers for n in next(reader)]
+        batches.append([dataset[n]["tokens"].tolist() for n in numbers])
+    return batches
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=3),
+    has_weights=st.booleans(),
+    steps=st.tuples(st.integers(1, 60), st.integers(1, 60), st.integers(0, 60)),
+    layouts=st.tuples(LAYOUTS, LAYOUTS, LAYOUTS),
+    seq_length=st.sampled_from([8, 16, 100]),
+)
+def test_any_run_resumed_at_any_layout_and_length_reads_on(
+    files: list[str],
+    tmp_path: Path,
+    weights: list[float],
+    has_weights: bool,
+    steps: tuple[int, int, int],
+    layouts: tuple[tuple[int, int], ...],
+    seq_length: int,
+) -> None:
+    """A run of one length stopped at any step, and resumed with another, against one that was never stopped."""
+    prefixes = files[: len(weights)]
+    tokens = [float(EveryToken.tokens_of(prefix)) for prefix in prefixes]
+    blend = (prefixes, weights if has_weights else tokens if len(prefixes) > 1 else None)
+    first, second = steps[0], max(steps[1], min(steps[0], steps[2]))
+    stop = min(steps[2], first, second)
+    shorter, longer = (build(blend, n * BATCH, tmp_path, sequence_length=seq_length)[0] for n in (first, second))
+    before = read(shorter, first * BATCH, 0, layouts[0])[:stop]
+    after = read(longer, second * BATCH, stop * BATCH, layouts[1])
+    assert before + after == read(longer, second * BATCH, 0, layouts[2])
+
+
 def test_megatrons_own_order_does_change(files: list[str], tmp_path: Path) -> None:
     """What the issue says of it, and that its epochs and its threshold are foreseen."""
     blend = (files[:1], None)
@@ -230,7 +283,8 @@ def test_the_fast_cache_is_loaded_without_a_look_and_its_absence_is_named(files:
 def test_a_split_without_a_token_is_refused_where_megatron_would_count_epochs_for_ever(
     files: list[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"the valid split of .*few holds no token \(0 documents\), and 2 samples"):
-        build((files[2:], None), 5, tmp_path, split="99,1,0")
+    for data_order in order.ORDERS:
+        with pytest.raises(InputError, match=r"valid split of .*few holds no token \(0 documents\), and 2 samples"):
+            build((files[2:], None), 5, tmp_path, split="99,1,0", data_order=data_order)
     train, _, test = build((files[2:], None), 5, tmp_path)
     assert len(texts(train, 5)) == 5 and test is None
