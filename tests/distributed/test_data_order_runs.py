@@ -129,6 +129,7 @@ def test_documents_are_named_by_file_and_shown_as_they_were_written(runs: tuple[
         for part in sample["documents"]:
             assert Path(part["source"]) == path
             text = texts[part["document"]]
+            assert part["row"] in (None, part["document"] + 1), "no line was passed over"
             is_whole = part["natural_range"] == [0, part["tokens"] - 1]
             num_whole += is_whole
             assert part["text_natural"] == text if is_whole else part["text_natural"].strip("\ufffd") in text
@@ -147,7 +148,7 @@ def test_the_tool_goes_by_a_checkpoint_alone_and_says_where_a_run_ends(
     assert done.stdout.startswith(
         "step 8: 8 samples, numbers 56 to 63 of the run\n\nsample 56 (micro-batch 0, rank 0): "
     )
-    assert "row not recorded" in done.stdout and "as the model reads" in done.stdout
+    assert ".jsonl, row " in done.stdout and "as the model reads" in done.stdout
     with pytest.raises(UsageError, match="--step 9 lies outside the run: it reads 64 samples, 8 a step"):
         trace(folder / "whole", 9)
 
