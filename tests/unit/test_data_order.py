@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import _get_size_per_split_per_dataset
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.datasets.utils import normalize
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
 from megatron_ledom.data import order
-from megatron_ledom.data.indexed import DatasetWriter
 from megatron_ledom.data.megatron_dataset import DatasetConfig, EpochOrderDataset, build_datasets, build_indices
 from megatron_ledom.errors import InputError
 
@@ -130,11 +131,12 @@ def test_epochs_splits_and_seeds_differ_and_the_order_is_pinned() -> None:
 
 
 def write_dataset(prefix: Path, lengths: list[int]) -> str:
-    """A file whose n-th id is n, modulo what fits."""
-    with DatasetWriter(prefix, np.dtype(np.int32)) as writer:
-        writer.add(np.arange(sum(lengths), dtype=np.int32), np.array(lengths, dtype=np.int32))
-        writer.finish()
-        writer.publish()
+    """A file whose n-th id is n."""
+    builder, start = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32), 0
+    for length in lengths:
+        builder.add_document(torch.arange(start, start + length), [length])
+        start += length
+    builder.finalize(f"{prefix}.idx")
     return str(prefix)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ledom.data.dataset import CheckedDataset, check_datasets
-from megatron_ledom.data.indexed import DatasetWriter
 from megatron_ledom.data.megatron_dataset import build_datasets
 from megatron_ledom.data.order import EPOCHS, MEGATRON
 from megatron_ledom.direction import Direction
@@ -35,10 +36,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(prefix: Path, lengths: list[int]) -> None:
-    with DatasetWriter(prefix, np.dtype(np.uint16)) as writer:
-        writer.add(np.arange(1, 1 + sum(lengths), dtype=np.uint16), np.array(lengths, dtype=np.int32))
-        writer.finish()
-        writer.publish()
+    """A file of Megatron's own, whose ids count up from 1."""
+    builder, start = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16), 1
+    for length in lengths:
+        builder.add_document(torch.arange(start, start + length), [length])
+        start += length
+    builder.finalize(f"{prefix}.idx")
 
 
 @functools.cache
