@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.direction import Direction
+from megatron_ledom.engine.budget import as_data_path, parse_budgets
 from megatron_ledom.engine.device import Device
 from megatron_ledom.engine.presets import BOOKKEEPING, PRESETS, get_preset
 from megatron_ledom.errors import UsageError
@@ -87,7 +88,8 @@ def add_ledom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--direction",
         choices=[str(d) for d in Direction],
         default=str(Direction.REVERSE),
-        help="what is trained: a reverse model (default), or its forward twin. The data must run the same way",
+        help="what is trained: a reverse model (default), or its forward twin. Data of the other direction is read "
+        "backwards",
     )
     group.add_argument(
         "--device",
@@ -109,7 +111,41 @@ def add_ledom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="load without comparing the files with the checksums written at save; comparing reads them once more on "
         "rank 0, which takes minutes for a large model",
     )
+    _add_data_arguments(parser.add_argument_group("megatron_ledom, data"))
     return parser
+
+
+def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--data-order",
+        choices=["epochs", "megatron"],
+        help="epochs: a longer run only continues a shorter one's order. megatron: the library's, which the length "
+        "decides. Default: the checkpoint's that the run continues, else epochs (docs/data_order.md)",
+    )
+    group.add_argument(
+        "--force-data-order-change",
+        action="store_true",
+        help="continue a checkpoint although the samples will come in another order: some are read twice, some never",
+    )
+    group.add_argument(
+        "--data-budget",
+        nargs="+",
+        metavar="TOKENS:PREFIX",
+        help="tokens to read of each source (284B:data/a 103B:data/b) in place of --data-path and its weights; "
+        "sets the length of the run where no flag names one",
+    )
+    group.add_argument(
+        "--warn-epochs",
+        type=float,
+        default=4.0,
+        metavar="N",
+        help="warn of a source that is read more than N times (default: 4)",
+    )
+    group.add_argument(
+        "--data-report-only",
+        action="store_true",
+        help="print what would be read of each source, and exit; needs no torchrun",
+    )
 
 
 def build_front_parser() -> argparse.ArgumentParser:
@@ -145,11 +181,13 @@ def build_defaults(
     """
     defaults = dict(get_preset(front.preset).settings if front.preset else BOOKKEEPING)
     defaults |= model or {}
-    if "data_path" not in named and {"train_data_path", "mock_data"} & named:
+    if not {"data_path", "data_budget"} & named and {"train_data_path", "mock_data"} & named:
         defaults.pop("split", None)
     for name in named:
         for superseded in SUPERSEDED_BY.get(name, ()):
             defaults.pop(superseded, None)
+    if front.data_budget:
+        defaults["data_path"] = as_data_path(parse_budgets(front.data_budget))
     if front.run_dir is not None:
         defaults["save"] = str(front.run_dir / "checkpoints")
         defaults["tensorboard_dir"] = str(front.run_dir / "tensorboard")
@@ -264,8 +302,11 @@ def check_arguments(args: argparse.Namespace, device: Device) -> None:
     Raises:
         UsageError: naming the flags, what was found and what to do.
     """
-    checks = (_check_required, _check_wired, _check_layout, _check_model_fits_layout, _check_batch, _check_interleaving)
-    for check in checks:
+    for check in (_check_required, _check_wired, _check_data):
+        check(args)
+    if args.data_report_only:  # the layout is that of another machine
+        return
+    for check in (_check_layout, _check_model_fits_layout, _check_batch, _check_interleaving):
         check(args)
     if device == "cpu":
         _check_cpu(args)
@@ -298,6 +339,16 @@ def _check_wired(args: argparse.Namespace) -> None:
         raise UsageError(
             "--reset-attention-mask needs --transformer-impl local: Transformer Engine's causal attention takes no mask"
         )
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    if not args.data_budget:
+        return
+    named = [args.train_data_path, args.valid_data_path, args.test_data_path, args.data_args_path]
+    if any(named) or args.per_split_data_args_path or args.mock_data:
+        raise UsageError("--data-budget names the data by itself: drop the other flags that name data")
+    if args.data_path != as_data_path(parse_budgets(args.data_budget)):
+        raise UsageError("--data-budget takes the place of --data-path and its weights: give one of the two")
 
 
 def _check_layout(args: argparse.Namespace) -> None:

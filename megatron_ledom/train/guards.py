@@ -16,23 +16,12 @@ from typing import Any
 from megatron_ledom.checkpoint import Checkpoint
 from megatron_ledom.checkpoint.integrity import LIST_NAME, verify_checksums
 from megatron_ledom.checkpoint.locate import RELEASE
-from megatron_ledom.data.dataset import check_datasets
-from megatron_ledom.data.manifest import Manifest
+from megatron_ledom.data.dataset import CheckedDataset, check_datasets
 from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction, check_same_direction
 from megatron_ledom.errors import CheckpointError, TokenizerMismatchError, UsageError
 from megatron_ledom.log import get_logger
-
-
-def data_prefixes(args: argparse.Namespace) -> list[str]:
-    """Return the dataset prefixes that Megatron's data flags name, without their weights; [] with `--mock-data`."""
-    from megatron.training.utils import get_blend_and_blend_per_split
-
-    if args.mock_data:
-        return []
-    blend, per_split = get_blend_and_blend_per_split(args)
-    blends = [blend] if blend is not None else [b for b in (per_split or []) if b is not None]
-    return list(dict.fromkeys(prefix for prefixes, _weights in blends for prefix in prefixes))
+from megatron_ledom.train.datasets import data_prefixes
 
 
 @dataclass(frozen=True)
@@ -41,12 +30,12 @@ class RunFacts:
 
     Attributes:
         tokenizer: the run's tokenizer; None without data.
-        manifests: dataset prefix -> manifest.
+        datasets: prefix -> what was found out about the dataset.
         checkpoints: flag -> the checkpoint that it names (`--load` first).
     """
 
     tokenizer: Tokenizer | None
-    manifests: dict[str, Manifest]
+    datasets: dict[str, CheckedDataset]
     checkpoints: dict[str, Checkpoint]
 
     @property
@@ -68,26 +57,32 @@ class RunFacts:
 
 
 def check_run(args: argparse.Namespace) -> RunFacts:
-    """Refuse data or a checkpoint that runs in another direction or was made with another tokenizer.
+    """Refuse data or a checkpoint that does not fit the run's direction or tokenizer.
 
     Args:
         args: the parsed command line; Megatron need not have validated it.
 
     Raises:
         InputError: a dataset is missing or damaged.
-        DirectionError, TokenizerMismatchError: with both facts.
+        DirectionError, TokenizerMismatchError: with both facts; data that can be read backwards is taken.
         CheckpointError: `--load` names a folder without a finished checkpoint, or one that is damaged.
     """
     direction = Direction.parse(args.direction, where="--direction")
     prefixes = data_prefixes(args)
-    tokenizer, fingerprint, manifests = None, None, {}
+    tokenizer, fingerprint, datasets = None, None, {}
     if prefixes:
         tokenizer = load_tokenizer(
             args.tokenizer_type, args.tokenizer_model, vocab_file=args.vocab_file, merge_file=args.merge_file
         )
         fingerprint = tokenizer.fingerprint
-        found = check_datasets(prefixes, direction=direction, tokenizer_fingerprint=fingerprint)
-        manifests = dict(zip(prefixes, found, strict=True))
+        found = check_datasets(
+            prefixes,
+            direction=direction,
+            tokenizer_fingerprint=fingerprint,
+            eod_id=tokenizer.eod_id,
+            vocab_size=tokenizer.vocab_size,
+        )
+        datasets = dict(zip(prefixes, found, strict=True))
     checkpoints = {
         flag: check_checkpoint(flag, path, step=args.ckpt_step, direction=direction, fingerprint=fingerprint)
         for flag, path in _checkpoints_to_load(args)
@@ -95,7 +90,7 @@ def check_run(args: argparse.Namespace) -> RunFacts:
     if args.verify_checkpoint and args.rank == 0:  # when one rank ends, the launcher ends the others
         for checkpoint in checkpoints.values():
             check_integrity(checkpoint.folder)
-    return RunFacts(tokenizer, manifests, checkpoints)
+    return RunFacts(tokenizer, datasets, checkpoints)
 
 
 def _checkpoints_to_load(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:

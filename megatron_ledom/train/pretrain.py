@@ -10,12 +10,12 @@ any causal language model. Legend: B batch, S sequence.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ledom.data.order import EPOCHS
 from megatron_ledom.data.tokenizers import check_engine_tokenizer
 from megatron_ledom.engine import cpu
 from megatron_ledom.engine.arguments import (
@@ -26,7 +26,9 @@ from megatron_ledom.engine.arguments import (
 )
 from megatron_ledom.engine.device import resolve_device
 from megatron_ledom.log import get_logger
-from megatron_ledom.train.guards import check_run, check_schedule
+from megatron_ledom.train.datasets import build_datasets_provider, length_from_budget, report_plan
+from megatron_ledom.train.guards import RunFacts, check_run, check_schedule
+from megatron_ledom.train.order_guard import settle_order, written_order
 from megatron_ledom.train.run_directory import record_launch
 from megatron_ledom.train.saved_hashes import SavedHashes
 from megatron_ledom.train.starting_point import check_same_model, model_from_checkpoint, vocabulary_rows
@@ -59,25 +61,49 @@ def main(argv: Sequence[str]) -> int:
     model = model_from_checkpoint(argv)
     parsed = parse_arguments(argv, device, model)
     facts = check_run(parsed)  # before anything is created
-    args = set_megatron_arguments(argv, device, model | vocabulary_rows(parsed, facts.hf_origin))
+    if parsed.data_report_only:
+        print_data_report(parsed, argv, facts)
+        return 0
+    defaults = model | vocabulary_rows(parsed, facts.hf_origin) | length_from_budget(parsed, argv)
+    args = set_megatron_arguments(argv, device, defaults)
     for flag, checkpoint in facts.checkpoints.items():
         check_same_model(f"{flag} {checkpoint.folder}", checkpoint.args, args, argv)
     if facts.tokenizer is not None:
         check_engine_tokenizer(facts.tokenizer, get_tokenizer())
     if facts.resumed is not None:
         check_schedule(args, facts.resumed)
+    settle_order(args, facts.datasets, facts.resumed)
     args.tokenizer_fingerprint = facts.tokenizer_fingerprint  # goes into every checkpoint, as `direction` does
     args.hf_origin = facts.hf_origin
+    start = start_of_launch(args, facts)
     if args.rank == 0:
-        record_launch(args, argv, facts.manifests)
+        if facts.datasets:
+            get_logger(__name__).info(report_plan(args, facts.datasets, args.data_order))
+        record_launch(args, argv, facts.datasets, start)
     save = Path(args.save) if args.save and args.rank == 0 else None
-    start = 0 if facts.resumed is None or args.finetune else facts.checkpoints["--load"].iteration
-    with SavedHashes(save, start):
-        run_pretraining(args, started)
+    with SavedHashes(save, start["steps"]):
+        run_pretraining(args, facts, started)
     return 0
 
 
-def run_pretraining(args: argparse.Namespace, started: float) -> None:
+def start_of_launch(args: argparse.Namespace, facts: RunFacts) -> dict[str, int]:
+    """What the run has behind it when this launch begins: `steps` and `samples`."""
+    if facts.resumed is None or args.finetune:
+        return {"steps": 0, "samples": 0}
+    samples = getattr(facts.resumed, "consumed_train_samples", 0)
+    return {"steps": facts.checkpoints["--load"].iteration, "samples": int(samples)}
+
+
+def print_data_report(parsed: argparse.Namespace, argv: Sequence[str], facts: RunFacts) -> None:
+    """Print what this command would read of each source, on rank 0."""
+    vars(parsed).update(length_from_budget(parsed, argv))
+    written = None if parsed.finetune else facts.resumed
+    data_order = parsed.data_order or (EPOCHS if written is None else written_order(written))
+    if parsed.rank == 0:
+        print(report_plan(parsed, facts.datasets, data_order))
+
+
+def run_pretraining(args: argparse.Namespace, facts: RunFacts, started: float) -> None:
     """Hand datasets, model and forward step to Megatron; `args` are its globals already."""
     import torch
     from megatron.core.enums import ModelType
@@ -97,69 +123,11 @@ def run_pretraining(args: argparse.Namespace, started: float) -> None:
     set_startup_timestamps(program_start=started, main_entry=time.time())
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
-        build_datasets_provider(),
+        build_datasets_provider(facts.datasets),
         ModelType.encoder_or_decoder,
         build_forward_step(),
     )
     torch.distributed.destroy_process_group()
-
-
-def build_datasets_provider() -> Callable[..., tuple[Any, Any, Any]]:
-    """Return Megatron's dataset provider: (train, valid, test) sizes in samples -> three datasets.
-
-    Every rank opens the files itself (`is_distributed`): they are memory-mapped, so the
-    ranks of a node share the pages and no batch is broadcast over tensor-parallel ranks.
-    """
-
-    def provide(num_samples: Sequence[int | None], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
-        """Build the three datasets; every virtual stage gets its own, alike."""
-        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-        from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
-        from megatron.training import get_args
-
-        args = get_args()
-        dataset = MockGPTDataset if args.mock_data else GPTDataset
-        builder = BlendedMegatronDatasetBuilder(dataset, list(num_samples), lambda: True, build_dataset_config(args))
-        return tuple(builder.build())
-
-    provide.is_distributed = True  # type: ignore[attr-defined]
-    return provide
-
-
-def build_dataset_config(args: argparse.Namespace) -> Any:
-    """Turn Megatron's data flags into its `GPTDatasetConfig`."""
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-    from megatron.training import get_tokenizer
-    from megatron.training.utils import get_blend_and_blend_per_split
-
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=get_tokenizer(),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
-        object_storage_cache_path=args.object_storage_cache_path,
-        fast_cache_load=args.dataloader_fast_cache_load,
-        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        sequences_per_dataset=_read_sequences_per_dataset(args.per_dataset_sequences_path),
-    )
-
-
-def _read_sequences_per_dataset(path: str | None) -> dict[str, Any] | None:
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | None]:

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ledom.data.dataset import CheckedDataset
 from megatron_ledom.errors import InputError
 
 FORMAT_VERSION = 1
@@ -32,13 +33,16 @@ LAYOUT = (
 )
 
 
-def record_launch(args: argparse.Namespace, argv: Sequence[str], manifests: dict[str, Any]) -> None:
+def record_launch(
+    args: argparse.Namespace, argv: Sequence[str], datasets: Mapping[str, CheckedDataset], start: Mapping[str, int]
+) -> None:
     """Add this launch to RUN/run.json and copy the tokenizer; call on one rank.
 
     Args:
         args: Megatron's namespace with ours in it.
         argv: the command line without the program.
-        manifests: dataset prefix -> manifest, from the guards.
+        datasets: prefix -> what was found out about the dataset, from the guards.
+        start: `steps` and `samples` that the run has behind it.
 
     Raises:
         InputError: RUN/run.json exists and cannot be read.
@@ -48,7 +52,7 @@ def record_launch(args: argparse.Namespace, argv: Sequence[str], manifests: dict
     path = run / "run.json"
     new: dict[str, Any] = {"format_version": FORMAT_VERSION, "launches": []}
     record = read_run(run) if path.is_file() else new
-    record["launches"].append(_describe_launch(args, argv, manifests))
+    record["launches"].append(_describe_launch(args, argv, datasets, start))
     write_json(path, record)
     copy_tokenizer(tokenizer_files(args), run / "tokenizer")
 
@@ -103,7 +107,9 @@ def copy_tokenizer(files: Mapping[str, Path], target: Path) -> None:
     temporary.rename(target)
 
 
-def _describe_launch(args: argparse.Namespace, argv: Sequence[str], manifests: dict[str, Any]) -> dict[str, Any]:
+def _describe_launch(
+    args: argparse.Namespace, argv: Sequence[str], datasets: Mapping[str, CheckedDataset], start: Mapping[str, int]
+) -> dict[str, Any]:
     packages = ("megatron-ledom", "megatron-core", "torch", "transformers", "tokenizers")
     return {
         "started_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -119,8 +125,21 @@ def _describe_launch(args: argparse.Namespace, argv: Sequence[str], manifests: d
             "model": args.tokenizer_model,
             "fingerprint": args.tokenizer_fingerprint,
         },
-        "data": {prefix: str(manifest.direction) for prefix, manifest in manifests.items()},
+        "start": dict(start),
+        "data": {prefix: _describe_dataset(dataset) for prefix, dataset in datasets.items()},
         "megatron_arguments": {k: v for k, v in sorted(vars(args).items()) if not k.startswith("_")},
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
         "host": platform.node(),
+        "working_directory": str(Path.cwd()),
+    }
+
+
+def _describe_dataset(dataset: CheckedDataset) -> dict[str, Any]:
+    return {
+        "direction": str(dataset.direction),
+        "is_read_backwards": dataset.is_turned,
+        "documents": dataset.num_documents,
+        "tokens": dataset.num_tokens,
+        "bin_bytes": dataset.bin_bytes,
+        "bin_sha256": dataset.bin_sha256,
     }

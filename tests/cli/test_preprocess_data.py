@@ -75,7 +75,9 @@ def test_reverse_ids_are_the_tokenizers_own_flipped_and_closed(made: Made, token
 def test_both_files_pass_the_guard_of_their_direction(made: Made, tokenizer_folder: Path) -> None:
     fingerprint = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder).fingerprint
     for direction, prefix in ((Direction.REVERSE, made.reverse), (Direction.FORWARD, made.forward)):
-        (manifest,) = check_datasets([prefix], direction=direction, tokenizer_fingerprint=fingerprint)
+        (dataset,) = check_datasets([prefix], direction=direction, tokenizer_fingerprint=fingerprint)
+        manifest = dataset.manifest
+        assert manifest is not None and not dataset.is_turned
         assert manifest.counts.documents == NUM_DOCUMENTS
         assert manifest.counts.text_bytes == sum(len(t.encode()) for t in made.texts)
 

@@ -43,9 +43,9 @@ def refusals(
     good = [*base, *tokenizer, tokenizer_folder]
     reverse = ["--data-path", prefixes["reverse"]]
     cases = {
-        "forward data": [*good, "--data-path", prefixes["forward"]],
-        "reverse data": [*good, *reverse, "--direction", "forward"],
         "wrong tokenizer": [*base, *tokenizer, other_tokenizer, *reverse],
+        "two names for data": [*good, *reverse, "--data-budget", f"1M:{prefixes['reverse']}"],
+        "less budget than steps": [*good, "--data-budget", f"8K:{prefixes['reverse']}", "--train-iters", 9],
         "missing data": [*good, "--data-path", folder / "nowhere_text_document"],
         "world size": [*good, *reverse, "--tensor-model-parallel-size", 2],
         "no finished checkpoint": [*good, *reverse, "--load", folder / "empty"],
@@ -65,9 +65,9 @@ def refusals(
 
 
 EXPECTED = {
-    "forward data": ("DirectionError", ["reverse model", "is forward", "--direction"]),
-    "reverse data": ("DirectionError", ["forward model", "is reverse", "--direction"]),
     "wrong tokenizer": ("TokenizerMismatchError", ["sha256:", "another"]),
+    "two names for data": ("UsageError", ["--data-budget takes the place of --data-path"]),
+    "less budget than steps": ("UsageError", ["reads 36,864 tokens", "allows 8,000", "to 2 steps"]),
     "missing data": ("InputError", ["nowhere_text_document"]),
     "world size": ("UsageError", ["1 processes do not fit", "--tensor-model-parallel-size 2"]),
     "no finished checkpoint": ("CheckpointError", ["empty"]),
@@ -99,6 +99,21 @@ def test_torchrun_names_the_refusal_as_the_cause() -> None:
     cause = done.stderr.partition("Root Cause")[2]
     assert "--run-dir RUN is missing" in cause
     assert 'File "' not in cause, "a refusal needs no traceback"
+
+
+def test_the_data_report_needs_no_ranks_and_leaves_nothing(
+    prefixes: dict[str, Path], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    budget = ["--data-budget", f"300B:{prefixes['reverse']}", f"100B:{prefixes['forward']}"]
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder]
+    flags = ["--preset", "2b", "--tensor-model-parallel-size", 4, "--run-dir", tmp_path / "run", "--data-report-only"]
+    done = run_tool("pretrain.py", *flags, *budget, *tokenizer)
+    assert done.returncode == 0, done.stderr
+    first, _, reverse, forward = done.stdout.splitlines()
+    assert first == "data: 400B tokens (95,368 steps of 512 samples, 48,828,416 samples of 8,192)"
+    assert "75.00 %" in reverse and "100.0 % of 300B" in reverse and "25.00 %" in forward
+    assert "forward documents, read backwards" in done.stderr and "more than --warn-epochs 4" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_lists_our_flags_and_megatrons_on_request() -> None:

@@ -61,21 +61,14 @@ def check(*prefixes: Path, direction: Direction = Direction.REVERSE, fingerprint
 
 def test_whole_datasets_of_the_right_direction_and_tokenizer_pass(datasets: Path, tokenizer_folder: Path) -> None:
     fingerprint = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder).fingerprint
-    (manifest,) = check(datasets / "reverse_text_document", fingerprint=fingerprint)
-    assert manifest.direction is Direction.REVERSE
+    (found,) = check(datasets / "reverse_text_document", fingerprint=fingerprint)
+    manifest = found.manifest
+    assert manifest is not None and manifest.direction is found.direction is Direction.REVERSE
+    assert (found.num_documents, found.num_tokens, found.is_closed) == (10, manifest.counts.tokens, True)
+    assert (found.bin_bytes, found.bin_sha256) == (manifest.files["bin"].bytes, manifest.files["bin"].sha256)
     assert (manifest.tokenizer.fingerprint, manifest.eod_id, manifest.counts.documents) == (fingerprint, 0, 10)
     assert check(datasets / "forward_text_document", direction=Direction.FORWARD)[0].direction is Direction.FORWARD
     assert check() == []
-
-
-def test_a_dataset_of_the_other_direction_is_refused_with_both_facts(datasets: Path) -> None:
-    forward, reverse = datasets / "forward_text_document", datasets / "reverse_text_document"
-    with pytest.raises(
-        DirectionError, match=r"this run \(--direction\) is a reverse model, but .*forward_text_document.* is forward"
-    ):
-        check(reverse, forward)
-    with pytest.raises(DirectionError, match=r"is a forward model, but .*reverse_text_document.* is reverse"):
-        check(reverse, direction=Direction.FORWARD)
 
 
 def test_another_tokenizer_is_refused_with_both_fingerprints(datasets: Path) -> None:
@@ -121,10 +114,10 @@ def test_a_dataset_without_end_of_document_ids_is_warned_of(datasets: Path, capl
     logger = logging.getLogger("megatron_ledom.data.dataset")
     logger.addHandler(caplog.handler)
     try:
-        (manifest,) = check(datasets / "open_text_document")
+        (found,) = check(datasets / "open_text_document")
     finally:
         logger.removeHandler(caplog.handler)
-    assert manifest.eod_id is None
+    assert not found.is_closed
     assert "without --append-eod" in caplog.text
 
 

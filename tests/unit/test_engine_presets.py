@@ -125,6 +125,8 @@ def arguments(**changes: object) -> argparse.Namespace:
         "fp16": False,
         "transformer_impl": "local",
         "distributed_backend": "gloo",
+        "data_budget": None,
+        "data_report_only": False,
         "reset_attention_mask": False,
         "create_attention_mask_in_dataloader": False,
     }
