@@ -50,6 +50,7 @@ class EncodeTask:
         folder: where shards go.
         tokenizer: the reference.
         encoder: the fastest exact library.
+        num_bytes: of all sources together, for progress.
         wait: wait for shards that another process is making.
     """
 
@@ -65,6 +66,7 @@ class EncodeTask:
     folder: WorkFolder
     tokenizer: Tokenizer
     encoder: Encoder
+    num_bytes: int
     wait: bool = False
 
     def __call__(self, shard: int, report: Report) -> int:
@@ -77,19 +79,11 @@ class EncodeTask:
         """
         with self.folder.lock(f"{shard:06d}", wait=self.wait) as is_ours:
             if not is_ours or (found := self.folder.record(shard)) is not None:
-                for part in self.shards[shard]:
-                    report(slice_bytes(self.sources[part.source], part))
+                report(self.num_bytes // len(self.shards))
                 return found.bad if is_ours and found is not None else 0
             record = _ShardMaker(self, shard).make(report)
             self.folder.finish(shard, record)
             return record.bad
-
-
-def slice_bytes(source: Source, part: Slice) -> int:
-    """About how many bytes on disk a slice is, for progress."""
-    if part.end < 0 or source.format == "parquet":
-        return source.num_bytes if part.end < 0 else 0
-    return part.end - part.start
 
 
 class _ShardMaker:

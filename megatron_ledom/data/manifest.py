@@ -104,8 +104,17 @@ def manifest_path(prefix: str | Path) -> Path:
 
 def dump_manifest(manifest: Manifest) -> str:
     """Return the manifest as JSON text, its own hash in the last field."""
-    fields = {"format_version": manifest.format_version} | dataclasses.asdict(manifest)
+    fields = _fields(manifest)
     return json.dumps(fields | {"manifest_sha256": self_hash(fields)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def manifest_hash(manifest: Manifest) -> str:
+    """Return the hash that the manifest holds of itself."""
+    return self_hash(_fields(manifest))
+
+
+def _fields(manifest: Manifest) -> dict[str, Any]:
+    return {"format_version": manifest.format_version} | dataclasses.asdict(manifest)
 
 
 def self_hash(fields: dict[str, Any]) -> str:

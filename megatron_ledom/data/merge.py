@@ -27,6 +27,7 @@ from megatron_ledom.data.manifest import (
     SourceRecord,
     TokenizerRecord,
     load_manifest,
+    manifest_hash,
     manifest_path,
     stage_manifest,
 )
@@ -56,9 +57,12 @@ def check_not_there(prefixes: Sequence[str]) -> None:
 
 def finish_publishing(work: WorkFolder, prefixes: Sequence[str]) -> list[Manifest] | None:
     """Return the manifests, and clear up, where a killed run had published everything; None elsewhere."""
+    work.sweep()
     if not work.is_publishing or not all(manifest_path(prefix).exists() for prefix in prefixes):
         return None
     manifests = [load_manifest(prefix) for prefix in prefixes]
+    if [manifest_hash(manifest) for manifest in manifests] != work.publishing_hashes():
+        return None  # those of an older dataset, which was to be replaced
     work.remove()
     return manifests
 
@@ -209,7 +213,7 @@ class _Merge:
                 stack.enter_context(stage_manifest(manifest, prefix))
                 for prefix, manifest in zip(self._prefixes, manifests, strict=True)
             ]
-            self._work.mark_publishing()
+            self._work.mark_publishing([manifest_hash(manifest) for manifest in manifests])
             for key, manifest_file in enumerate(staged_manifests):
                 for suffix in (".manifest.json", *_SUFFIXES):  # new data never stands beside an old manifest
                     if suffix == ".manifest.json" or (key, suffix[1:]) not in staged:

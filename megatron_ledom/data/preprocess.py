@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.data.backends import BACKENDS, choose_backend
-from megatron_ledom.data.encode import EncodeTask, slice_bytes
+from megatron_ledom.data.encode import EncodeTask
 from megatron_ledom.data.indexed import optimal_dtype
 from megatron_ledom.data.manifest import REVERSE_UNITS, Manifest
 from megatron_ledom.data.merge import check_not_there, dataset_prefixes, finish_publishing, merge_shards
@@ -135,14 +135,15 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
         folder=work,
         tokenizer=tokenizer,
         encoder=encoder,
+        num_bytes=sum(source.num_bytes for source in sources),
     )
     try:
         _make_shards(config, task)
         if config.shard_index is not None:
             return []
         manifests = merge_shards(config.output_prefix, workers=config.workers, overwrite=config.overwrite)
-    except BaseException as error:
-        _keep_or_remove(work, len(shards), error)
+    except BaseException:
+        _keep_or_remove(work, len(shards))
         raise
     _warn_of_eod_in_text(config, manifests)
     return manifests
@@ -264,8 +265,7 @@ def _make_shards(config: PreprocessConfig, task: EncodeTask) -> None:
     todo = [shard for shard in chosen if not task.folder.is_finished(shard)]
     if len(todo) < len(chosen):
         get_logger(__name__).info("%d of %d shards are finished already", len(chosen) - len(todo), len(chosen))
-    total = sum(slice_bytes(task.sources[part.source], part) for shard in todo for part in task.shards[shard])
-    progress = Progress("tokenise", total / 1e6, "MB")
+    progress = Progress("tokenise", task.num_bytes * len(todo) / len(task.shards) / 1e6, "MB")
     bad, limit = 0, task.max_bad_records
     for is_second_pass in (False, True):
         task.wait = is_second_pass
@@ -291,7 +291,7 @@ def _make_shards(config: PreprocessConfig, task: EncodeTask) -> None:
     progress.close()
 
 
-def _keep_or_remove(work: WorkFolder, num_shards: int, error: BaseException) -> None:
+def _keep_or_remove(work: WorkFolder, num_shards: int) -> None:
     """Say what a failed run leaves, if anything."""
     finished = work.num_finished()
     if not finished:

@@ -5,7 +5,7 @@
         000007.lock             held by the process that makes shard 7
         000007.0.bin .len .crc .skip (.sent)     shard 7 of the first key
         000007.json             its sizes, hashes and counts; gets its name last: the shard is finished
-        publishing              the final files are being given their names
+        publishing              the final files are being given their names; holds the hashes of their manifests
 
 Every name is given by a rename, so that a kill at any moment leaves a shard either finished or not begun.
 Several processes and nodes may share the folder. Shards are not forced to disk: the hashes in
@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ledom.data.files import WrittenFile
+from megatron_ledom.data.files import WrittenFile, write_refusal
 from megatron_ledom.errors import InputError, OutputError, OutputExistsError
 
 
@@ -93,6 +93,8 @@ class WorkFolder:
                 os.link(temporary, self.path / "plan.json")
             temporary.unlink()
         except OSError as error:
+            if not (self.path / "plan.json").exists():
+                shutil.rmtree(self.path, ignore_errors=True)
             raise OutputError(f"cannot write {self.path}: {error.strerror}; choose another --output-prefix") from error
         if self.plan() != json.loads(text):
             raise OutputExistsError(f"{self.path} was made for another command at this moment; see its plan.json")
@@ -135,13 +137,15 @@ class WorkFolder:
 
     def finish(self, shard: int, record: ShardRecord) -> None:
         """Give the files of a shard their names, and its record last."""
-        for key, found in enumerate(record.keys):
-            for suffix in found.files:
-                path = self.file(shard, key, suffix)
-                self.temporary(path).replace(path)
         path = self.path / f"{shard:06d}.json"
-        self.temporary(path).write_text(json.dumps(asdict(record)), encoding="utf-8")
-        self.temporary(path).replace(path)
+        try:
+            for key, found in enumerate(record.keys):
+                for suffix in found.files:
+                    self.temporary(self.file(shard, key, suffix)).replace(self.file(shard, key, suffix))
+            self.temporary(path).write_text(json.dumps(asdict(record)), encoding="utf-8")
+            self.temporary(path).replace(path)
+        except OSError as error:
+            raise write_refusal(path, 0, error) from error
 
     def record(self, shard: int) -> ShardRecord | None:
         """Return the record of a finished shard; None where it is not finished, or its record was cut off."""
@@ -164,9 +168,15 @@ class WorkFolder:
         """Let a shard be made again."""
         (self.path / f"{shard:06d}.json").unlink(missing_ok=True)
 
-    def mark_publishing(self) -> None:
-        """Say that final files of this plan may stand under their names from now on."""
-        (self.path / "publishing").touch()
+    def mark_publishing(self, manifest_hashes: list[str]) -> None:
+        """Say that final files of this plan may stand under their names from now on, and which are the new ones."""
+        path = self.path / "publishing"
+        self.temporary(path).write_text(json.dumps(manifest_hashes), encoding="utf-8")
+        self.temporary(path).replace(path)
+
+    def publishing_hashes(self) -> list[str]:
+        """What `mark_publishing` was told."""
+        return json.loads((self.path / "publishing").read_text(encoding="utf-8"))
 
     @property
     def is_publishing(self) -> bool:
@@ -174,15 +184,19 @@ class WorkFolder:
         return (self.path / "publishing").exists()
 
     def remove(self) -> None:
-        """Remove the folder; the marks that tell a later run what it is go last."""
-        if not self.path.is_dir():
-            return
-        for entry in self.path.iterdir():
-            if entry.name not in {"plan.json", "publishing"}:
-                entry.unlink(missing_ok=True)
-        for name in ("plan.json", "publishing"):
-            (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the folder: its name goes at once, what it held after that."""
+        self.sweep()
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rename(self._removed)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove what a kill during `remove` left."""
+        shutil.rmtree(self._removed, ignore_errors=True)
+
+    @property
+    def _removed(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.removed")
 
 
 def _process_mark() -> str:
