@@ -68,7 +68,7 @@ def is_running(pid: int) -> bool:
 def test_killed_at_twenty_moments_the_same_command_ends_with_the_same_bytes(
     inputs: list[Path], tokenizer_folder: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    """The parent is killed with SIGKILL and the workers are left to themselves; in between, all is begun anew at times."""
+    """The parent is killed with SIGKILL, the workers are left to themselves; now and then all is begun anew."""
     rng = random.Random(7)
     prefix, work = tmp_path / "x", tmp_path / "x.shards"
     more = ("--workers", 2, "--shard-mb", 0.2, "--tokenizer-backend", "tokenizers")
