@@ -141,17 +141,21 @@ def choose_backend(tokenizer: Tokenizer, asked: str, corpus_texts: Iterable[str]
     except ImportError:
         why = "it is not installed (pip install gigatoken)"
     except Exception as error:  # whatever a library says of a tokenizer that it does not know
-        why = f"it cannot load this tokenizer: {error}"
+        why = f"it cannot load this tokenizer: {_first_line(error)}"
     except BaseException as error:  # a panic of the Rust library is no Exception
         if type(error).__name__ != "PanicException":
             raise
-        why = f"it broke on this tokenizer: {error}"
+        why = f"it broke on this tokenizer: {_first_line(error)}"
     if why is None:
         return fast
     if asked == FAST:
         raise TokenizerMismatchError(f"--tokenizer-backend {FAST} cannot be used: {why}. Use auto")
     get_logger(__name__).warning("%s is not used: %s. Tokenising with %s", FAST, why, tokenizer.library)
     return ReferenceEncoder(tokenizer)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def first_difference(tokenizer: Tokenizer, fast: Encoder, texts: Sequence[str]) -> str | None:

@@ -161,7 +161,10 @@ def _check_documents(report: Report, manifest: Manifest, num_documents: int, on_
                     f"{prefix}.idx: document {where} or one after it has an impossible length; stopped here",
                 )
                 return
-            stored = None if crcs is None else np.frombuffer(crcs.read(4 * len(lengths)), dtype="<u4")
+            stored = None
+            if crcs is not None:
+                content = crcs.read(4 * len(lengths))
+                stored = np.frombuffer(content[: len(content) // 4 * 4], dtype="<u4")
             if sentences is not None:
                 sentences.check(first, lengths - int(manifest.append_eod))
             for start, ends, ids in _chunks(data, lengths, dtype, on_read):

@@ -143,7 +143,11 @@ class _SentencePiece(Tokenizer):
 
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         pieces = self._processor.encode(text, return_type="proto").pieces
-        return np.array([p.id for p in pieces], np.int32), np.array([p.begin for p in pieces], np.int32)
+        starts = np.array([p.begin for p in pieces], np.int32)
+        if not text.isascii():  # the library counts bytes
+            character = np.cumsum((np.frombuffer(text.encode("utf-8"), np.uint8) & 0xC0) != 0x80) - 1
+            starts = character[np.minimum(starts, len(character) - 1)].astype(np.int32)
+        return np.array([p.id for p in pieces], np.int32), starts
 
     def content(self) -> bytes:
         return self._processor.serialized_model_proto()

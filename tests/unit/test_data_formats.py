@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,15 @@ def sentencepiece_model(folder: Path) -> Path:
 
     (folder / "text.txt").write_text("\n".join("\n".join(TEXTS).split("\n")[:4000]), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.Train(
-        f"--input={folder}/text.txt --model_prefix={folder}/bpe --vocab_size=1500 --model_type=bpe --byte_fallback=true "
+        f"--input={folder}/text.txt --model_prefix={folder}/bpe --vocab_size=1500 --model_type=bpe "
+        "--byte_fallback=true --normalization_rule_name=identity --remove_extra_whitespaces=false "
         "--character_coverage=0.999 --max_sentence_length=100000 --minloglevel=2 --num_threads=1"
     )
     return folder / "bpe.model"
 
 
 def tokenizer_flags(kind: str, folder: Path) -> dict[str, str]:
-    """Flags of a GPT-2 style BPE from vocab.json and merges.txt, a SentencePiece model, or a tokenizer of bytes alone."""
+    """Flags of a GPT-2 style BPE (vocab.json, merges.txt), a SentencePiece model, or a tokenizer of bytes alone."""
     if kind == "sentencepiece":
         return {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(sentencepiece_model(folder))}
     made = train_bpe_tokenizer(TEXTS, 2000 if kind == "gpt2" else 257, folder / kind)
@@ -215,7 +217,7 @@ def test_a_tokenizer_that_gigatoken_cannot_do_falls_back_and_says_so(
         logger.removeHandler(caplog.handler)
     assert "gigatoken is not used: " in caplog.text
     assert load_manifest(config.prefixes[0]).tokenizer.backend == "tokenizers"
-    with pytest.raises(TokenizerMismatchError, match="--tokenizer-backend gigatoken cannot be used: .* Use auto"):
+    with pytest.raises(TokenizerMismatchError, match=r"--tokenizer-backend gigatoken cannot be used: .* Use auto"):
         run(config, tokenizer_model=str(folder), tokenizer_backend="gigatoken")
 
 
@@ -246,8 +248,8 @@ def test_sentences_come_last_to_first_and_the_text_comes_back(
         assert dataset[number].tolist() == document.stored.tolist()
         expected: list[int] = []
         bounds = [*splitter.starts(text).tolist(), len(text) + 1]
-        for begin, end in list(zip(bounds, bounds[1:], strict=False))[::-1]:
-            expected += [int(i) for i, s in zip(whole, starts, strict=True) if begin <= s < end]
+        for begin, end in list(pairwise(bounds))[::-1]:
+            expected += whole[(starts >= begin) & (starts < end)].tolist()
         assert document.stored.tolist() == [*expected, tokenizer.eod_id]
     given = str(tmp_path / "given.json")
     Path(given).write_bytes(alone["x_text_document.punkt.json"])
@@ -273,7 +275,7 @@ def test_punkt_parameters_that_are_something_else_are_refused(config: Preprocess
         path.write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match=r"p.json holds no Punkt parameters as JSON"):
             run(config, reverse_unit="sentence", punkt=str(path))
-    with pytest.raises(InputError, match="--punkt .*nowhere.json"):
+    with pytest.raises(InputError, match=r"--punkt .*nowhere.json"):
         run(config, reverse_unit="sentence", punkt=str(tmp_path / "nowhere.json"))
 
 
