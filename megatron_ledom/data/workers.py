@@ -21,7 +21,7 @@ from typing import Any, cast
 from megatron_ledom import errors
 from megatron_ledom.errors import InputError, LedomError
 
-type Report = Callable[[int], None]
+Report = Callable[[int], None]
 _POLL_S = 1.0
 
 
