@@ -163,8 +163,10 @@ def stored_batch(documents_nat: Sequence[np.ndarray], direction: Direction, eod_
     parts: list[np.ndarray] = list(to_model_order(list(documents_nat), direction))
     if eod_id is not None:
         end = np.array([eod_id], dtype=documents_nat[0].dtype)
-        first, second = (end, None) if direction is Direction.REVERSE else (None, end)
-        parts = [p for part in parts for p in (first, part, second) if p is not None]
+        is_first = direction is Direction.REVERSE
+        closed = [end] * (2 * len(parts))
+        closed[1 if is_first else 0 :: 2] = parts
+        parts = closed
     return to_model_order(np.concatenate(parts), direction)
 
 

@@ -81,6 +81,10 @@ class StagedFile:
             raise write_refusal(self.path, 0, error) from error
         self.num_bytes = num_bytes
 
+    def check_size(self, num_bytes: int) -> None:
+        """Assert that what was written elsewhere is as long as what was reserved."""
+        assert num_bytes == self.num_bytes, (self.path, num_bytes, self.num_bytes)
+
     def sync(self) -> None:
         """Force the bytes to disk."""
         try:

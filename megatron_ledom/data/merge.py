@@ -1,8 +1,8 @@
 """Finished shards to a dataset: joined by several processes, hashed, and given its names.
 
 Every shard's place in the final files follows from the sizes in the records of those before it, so
-workers copy shards to their places in any order, comparing each with its hash on the way.
-The final files are then hashed as they stand. Only what was skipped is written in one piece.
+workers copy shards to their places in any order, comparing each with its hash on the way, while others
+hash the whole files by reading the shards in order. Only what was skipped is written in one piece.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -113,6 +114,15 @@ class _Place:
 
 
 @dataclass(frozen=True)
+class _Whole:
+    """A final file that is hashed by reading its parts, the files of that suffix, in order."""
+
+    key: int
+    suffix: str
+    num_shards: int
+
+
+@dataclass(frozen=True)
 class _CopyTask:
     """Copies a shard of one key into the staged files, or hashes one of them."""
 
@@ -121,9 +131,11 @@ class _CopyTask:
     num_documents: list[int]
     dtype: np.dtype
 
-    def __call__(self, item: _Place | Path, report: Report) -> WrittenFile | None:
+    def __call__(self, item: _Place | _Whole | Path, report: Report) -> WrittenFile | None:
         if isinstance(item, Path):
             return WrittenFile(item.stat().st_size, hash_file(item, on_read=report, sync=True))
+        if isinstance(item, _Whole):
+            return self._hash(item, report)
         starts = {"bin": item.offset, "crc": 4 * item.document, "sent": item.sentence_offset}
         for suffix, found in item.record.files.items():
             if suffix in _PARTS:
@@ -144,6 +156,19 @@ class _CopyTask:
                 raise write_refusal(target, 0, error) from error
         return None
 
+    def _hash(self, item: _Whole, report: Report) -> WrittenFile:
+        digest, num_bytes = hashlib.sha256(), 0
+        for shard in range(item.num_shards):
+            path = self.work.file(shard, item.key, item.suffix)
+            if not path.exists():
+                continue  # the worker that copies it tells
+            with path.open("rb", buffering=0) as source:
+                while data := source.read(_BLOCK_BYTES):
+                    digest.update(data)
+                    num_bytes += len(data)
+                    report(len(data))
+        return WrittenFile(num_bytes, digest.hexdigest())
+
     def _read(self, item: _Place, suffix: str) -> bytes:
         path, expected = self.work.file(item.shard, item.key, suffix), item.record.files[suffix]
         data = path.read_bytes() if path.exists() else b""
@@ -163,6 +188,8 @@ class _CopyTask:
                 except OSError as error:
                     raise write_refusal(target, offset, error) from error
                 report(len(data))
+            # lets the disk begin now; publishing waits for it
+            os.posix_fadvise(file.fileno(), start, offset - start, os.POSIX_FADV_DONTNEED)
         self._check(item.shard, path, WrittenFile(offset - start, digest.hexdigest()), expected)
 
     def _check(self, shard: int, path: Path, found: WrittenFile, expected: WrittenFile) -> None:
@@ -277,12 +304,26 @@ class _Merge:
         def on_report(num_bytes: int) -> None:
             progress.update(num_bytes / 1e6)
 
-        for _ in run_parallel(task, places, self._workers, on_report=on_report, doing="shards were joined"):
-            pass
-        names = {file.partial: name for name, file in staged.items()}
-        largest_first = sorted(names, key=lambda path: -path.stat().st_size)
-        hashed = run_parallel(task, largest_first, self._workers, on_report=on_report, doing="files were hashed")
-        return {names[path]: found for path, found in hashed if found is not None}
+        found: dict[tuple[int, str], WrittenFile] = {}
+        wholes = [
+            _Whole(key, suffix, len(self._records))
+            for suffix in _PARTS
+            for key in range(len(self._prefixes))
+            if (key, _PARTS[suffix]) in staged
+        ]
+        items: list[_Place | _Whole | Path] = [*wholes, *places]
+        for item, written in run_parallel(task, items, self._workers, on_report=on_report, doing="shards were joined"):
+            if isinstance(item, _Whole) and written is not None:
+                found[item.key, _PARTS[item.suffix]] = written
+        indexes = {file.partial: name for name, file in staged.items() if name[1] == "idx"}
+        items = [*indexes]
+        for item, written in run_parallel(task, items, self._workers, on_report=on_report, doing="files were hashed"):
+            if isinstance(item, Path) and written is not None:
+                found[indexes[item]] = written
+        for name, file in staged.items():
+            file.check_size(found[name].bytes)
+            file.sync()
+        return found
 
     def _write_skipped(
         self, stack: ExitStack, staged: dict[tuple[int, str], StagedFile], key: int

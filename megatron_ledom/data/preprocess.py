@@ -31,7 +31,7 @@ from megatron_ledom.errors import InputError, UsageError
 from megatron_ledom.log import Progress, get_logger
 
 MIN_SHARD_BYTES, MAX_SHARD_BYTES, NUM_SHARDS = 8 << 20, 256 << 20, 512
-_PROBES, _PROBE_CHARS = 8, 32768  # places of the corpus that are compared before a library is trusted, and how much
+_PROBES, _PROBE_CHARS = 8, 8192  # places of the corpus that are compared before a library is trusted, and how much
 
 
 @dataclass(frozen=True, kw_only=True)

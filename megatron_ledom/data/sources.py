@@ -19,6 +19,7 @@ line and lose none, and where the cut falls changes nothing:
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -177,11 +178,11 @@ def read_slice(source: Source, part: Slice, keys: Sequence[str], text_unit: str 
             yield from _read_parquet(source.path, part, keys)
             return
         with source.path.open("rb") as raw:
-            blocks = _blocks(source, raw, part)
+            blocks = _lines(source, raw, part)
             if source.format == "jsonl":
                 yield from _parse_lines(blocks, part, keys)
             elif text_unit == "file":
-                yield _one_text(b"".join(data for data, _ in blocks), source.num_bytes, keys)
+                yield _one_text(b"".join(line for lines, _ in blocks for line in lines), source.num_bytes, keys)
             elif text_unit == "line":
                 yield from _text_lines(blocks, part, keys)
             else:
@@ -198,7 +199,7 @@ def rows_before(source: Source, part: Slice) -> int:
     if part.start == 0:
         return 0
     with source.path.open("rb") as raw:
-        return sum(data.count(b"\n") for data, _ in _blocks(source, raw, Slice(part.source, 0, part.start)))
+        return sum(len(lines) for lines, _ in _lines(source, raw, Slice(part.source, 0, part.start)))
 
 
 def read_documents(paths: Iterable[Path], keys: Sequence[str] = ("text",)) -> Iterator[Document]:
@@ -220,15 +221,29 @@ def read_documents(paths: Iterable[Path], keys: Sequence[str] = ("text",)) -> It
             base += last if source.format == "parquet" else 0
 
 
-def _blocks(source: Source, raw: BinaryIO, part: Slice) -> Iterator[tuple[bytes, int]]:
-    """Yield whole lines, about `BLOCK_BYTES` at a time, and the bytes on disk that were read for them."""
+def _lines(source: Source, raw: BinaryIO, part: Slice) -> Iterator[tuple[list[bytes], int]]:
+    """Yield lists of lines, about `BLOCK_BYTES` in each, and the bytes on disk that were read for them."""
+    stream, left = raw, 1 << 62
     if part.end >= 0 and not source.packed:
-        start, end = _line_start(raw, part.start), _line_start(raw, part.end)
+        start = _line_start(raw, part.start)
+        left = _line_start(raw, part.end) - start
         raw.seek(start)
-        yield from _whole_lines(raw, raw, end - start)
-        return
-    stream = {"": raw, ".gz": gzip.GzipFile(fileobj=raw) if source.packed == ".gz" else None}.get(source.packed)
-    yield from _whole_lines(cast("BinaryIO", stream or _ZstdReader(raw)), raw, None)
+    elif source.packed == ".gz":
+        stream = cast("BinaryIO", io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK_BYTES))
+    elif source.packed == ".zst":
+        stream = cast("BinaryIO", io.BufferedReader(_ZstdReader(raw), BLOCK_BYTES))
+    position = raw.tell()
+    while left > 0 and (lines := _some_lines(stream, min(left, BLOCK_BYTES))):
+        left -= sum(map(len, lines))
+        yield lines, raw.tell() - position
+        position = raw.tell()
+
+
+def _some_lines(stream: BinaryIO, at_least: int) -> list[bytes]:
+    """Read whole lines until they hold so many bytes, no line more; [] at the end."""
+    if at_least == 1:  # `readlines(0)` reads everything
+        return [line] if (line := stream.readline()) else []
+    return stream.readlines(at_least - 1)
 
 
 def _line_start(raw: BinaryIO, position: int) -> int:
@@ -242,24 +257,7 @@ def _line_start(raw: BinaryIO, position: int) -> int:
     return raw.tell()
 
 
-def _whole_lines(stream: BinaryIO, raw: BinaryIO, left: int | None) -> Iterator[tuple[bytes, int]]:
-    position, held = raw.tell(), []
-    while block := stream.read(BLOCK_BYTES if left is None else min(left, BLOCK_BYTES)):
-        if left is not None:
-            left -= len(block)
-        cut = block.rfind(b"\n") + 1
-        if cut == 0:  # a line longer than a block
-            held.append(block)
-            continue
-        data = b"".join([*held, block[:cut]])
-        held = [block[cut:]]
-        yield data, raw.tell() - position
-        position = raw.tell()
-    if rest := b"".join(held):
-        yield rest, raw.tell() - position
-
-
-class _ZstdReader:
+class _ZstdReader(io.RawIOBase):
     """Reads all frames of a `.zst` file; unlike the library's own reader it notices that the last one was cut off."""
 
     def __init__(self, raw: BinaryIO) -> None:
@@ -270,15 +268,19 @@ class _ZstdReader:
         self._raw, self._error = raw, zstandard.ZstdError
         self._new = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None
-        self._held = bytearray()
+        self._held = memoryview(b"")
         self._unread = b""
 
-    def read(self, size: int) -> bytes:
-        while len(self._held) < size and self._fill():
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._held and self._fill():
             pass
-        found = bytes(self._held[:size])
-        del self._held[:size]
-        return found
+        count = min(len(buffer), len(self._held))
+        buffer[:count] = self._held[:count]
+        self._held = self._held[count:]
+        return count
 
     def _fill(self) -> bool:
         data = self._unread or self._raw.read(1 << 17)
@@ -290,7 +292,7 @@ class _ZstdReader:
         if self._frame is None:
             self._frame = self._new()
         try:
-            self._held += self._frame.decompress(data)
+            self._held = memoryview(self._frame.decompress(data))
         except self._error as error:
             raise EOFError(str(error)) from error
         if self._frame.eof:
@@ -298,15 +300,12 @@ class _ZstdReader:
         return True
 
 
-def _parse_lines(blocks: Iterator[tuple[bytes, int]], part: Slice, keys: Sequence[str]) -> Iterator[Batch]:
+def _parse_lines(blocks: Iterator[tuple[list[bytes], int]], part: Slice, keys: Sequence[str]) -> Iterator[Batch]:
     row, loads = 0, fast_json()
     only_key = keys[0] if len(keys) == 1 and loads is not None else None
-    for data, num_bytes in blocks:
+    for lines, num_bytes in blocks:
         batch = new_batch(len(keys), num_bytes)
         texts, rows = batch.texts[0], batch.rows
-        lines = data.split(b"\n")
-        if not lines[-1]:
-            lines.pop()
         if row == 0 and part.start == 0:
             lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)  # some editors write it
         for line in lines:
@@ -324,7 +323,7 @@ def _parse_lines(blocks: Iterator[tuple[bytes, int]], part: Slice, keys: Sequenc
                 batch.blank.append(row)
                 continue
             try:
-                batch.add(row, parse_line(line, keys))
+                batch.add(row, parse_line(line.removesuffix(b"\n"), keys))
             except BadRecord as bad:
                 batch.bad.append((row, str(bad)))
         batch.last_row = row
@@ -345,42 +344,46 @@ def _add_text(batch: Batch, row: int, data: bytes, keys: Sequence[str]) -> None:
         batch.bad.append((row, str(bad)))
 
 
-def _text_lines(blocks: Iterator[tuple[bytes, int]], part: Slice, keys: Sequence[str]) -> Iterator[Batch]:
+def _without_end(line: bytes) -> bytes:
+    return line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _text_lines(blocks: Iterator[tuple[list[bytes], int]], part: Slice, keys: Sequence[str]) -> Iterator[Batch]:
     row = 0
-    for data, num_bytes in blocks:
+    for lines, num_bytes in blocks:
         batch = new_batch(len(keys), num_bytes)
-        for line in data.removesuffix(b"\n").split(b"\n"):
+        for line in lines:
             row += 1
             if row == 1 and part.start == 0:
                 line = line.removeprefix(BYTE_ORDER_MARK)
             if not line or line.isspace():
                 batch.blank.append(row)
             else:
-                _add_text(batch, row, line.removesuffix(b"\r"), keys)
+                _add_text(batch, row, _without_end(line), keys)
         batch.last_row = row
         yield batch
 
 
-def _text_paragraphs(blocks: Iterator[tuple[bytes, int]], part: Slice, keys: Sequence[str]) -> Iterator[Batch]:
+def _text_paragraphs(blocks: Iterator[tuple[list[bytes], int]], part: Slice, keys: Sequence[str]) -> Iterator[Batch]:
     """A paragraph is a run of lines that are not blank; rows count paragraphs."""
     row, held, is_first = 0, [], True
-    for data, num_bytes in blocks:
+    for lines, num_bytes in blocks:
         batch = new_batch(len(keys), num_bytes)
-        for line in data.removesuffix(b"\n").split(b"\n"):
+        for line in lines:
             line = line.removeprefix(BYTE_ORDER_MARK) if is_first else line
             is_first = False
             if line and not line.isspace():
                 held.append(line)
             elif held:
                 row += 1
-                _add_text(batch, row, b"\n".join(held).removesuffix(b"\r"), keys)
+                _add_text(batch, row, _without_end(b"".join(held)), keys)
                 held = []
         batch.last_row = row
         yield batch
     if held:
         batch = new_batch(len(keys))
         batch.last_row = row + 1
-        _add_text(batch, row + 1, b"\n".join(held).removesuffix(b"\r"), keys)
+        _add_text(batch, row + 1, _without_end(b"".join(held)), keys)
         yield batch
 
 

@@ -140,8 +140,8 @@ def test_blank_lines_carriage_returns_byte_order_mark_and_a_missing_last_newline
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\n  \n{"text": "two", "n": 2}\n{"n": 3, "text": ""}')
     assert [(d.texts[0], d.line) for d in read_documents([path])] == [("one", 1), ("two", 4), ("", 5)]
-    first, second = batches(path)  # the last line is found at the end of the file
-    assert (first.blank, first.last_row, second.rows) == ([2, 3], 4, [5])
+    (batch,) = batches(path)
+    assert (batch.blank, batch.rows, batch.last_row) == ([2, 3], [1, 4, 5], 5)
 
 
 def batches(path: Path, *keys: str) -> list[Batch]:
