@@ -119,6 +119,57 @@ def natural_document(ids_stored: np.ndarray, direction: Direction, eod_id: int |
     return to_natural_order(ids_stored[:-1], direction)
 
 
+def flip_groups(ids: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
+    """Put the groups (sentences) of one document last to first; the ids inside a group stay in order.
+
+    Args:
+        ids: the ids of the document, group after group; [sum(group_sizes)].
+        group_sizes: ids per group, in the order in which they stand in `ids`; [groups].
+
+    Returns:
+        A copy; with `flip(group_sizes)` the function undoes itself.
+
+    >>> flip_groups(np.array([1, 2, 3, 8, 9]), np.array([3, 2]))
+    array([8, 9, 1, 2, 3])
+    """
+    ends = np.cumsum(group_sizes)
+    assert (int(ends[-1]) if len(ends) else 0) == len(ids), (group_sizes, len(ids))
+    groups = [ids[end - size : end] for size, end in zip(group_sizes, ends, strict=True)]
+    return np.concatenate(flip(groups)) if groups else ids.copy()
+
+
+def stored_batch(documents_nat: Sequence[np.ndarray], direction: Direction, eod_id: int | None) -> np.ndarray:
+    """Many documents as they stand one after the other in a `.bin` file: `stored_document` of each, joined.
+
+    The documents are joined last to first, each behind its end-of-document id, and one flip of the
+    whole then reverses every document and puts the documents back in order:
+
+        joined     E d e   E a b c         documents a b c and d e
+        flipped    c b a E   e d E
+
+    Args:
+        documents_nat: ids of each document in natural order; arrays [n] of one dtype.
+        direction: the direction of the file.
+        eod_id: closes each document if not None.
+
+    Returns:
+        All ids, in the dtype of the documents; an empty int32 array for no document.
+
+    >>> stored_batch([np.array([1, 2, 3]), np.array([8, 9])], Direction.REVERSE, eod_id=0)
+    array([3, 2, 1, 0, 9, 8, 0])
+    """
+    if not documents_nat:
+        return np.empty(0, dtype=np.int32)
+    parts: list[np.ndarray] = list(to_model_order(list(documents_nat), direction))
+    if eod_id is not None:
+        end = np.array([eod_id], dtype=documents_nat[0].dtype)
+        is_first = direction is Direction.REVERSE
+        closed = [end] * (2 * len(parts))
+        closed[1 if is_first else 0 :: 2] = parts
+        parts = closed
+    return to_model_order(np.concatenate(parts), direction)
+
+
 @dataclass(frozen=True)
 class ConditionedIds:
     """What a model reads to score a target text given another text.

@@ -1,4 +1,8 @@
-"""Files that appear whole or not at all: written under a temporary name, hashed on the way, renamed last."""
+"""Files that appear whole or not at all: written under a temporary name, hashed on the way, renamed last.
+
+`StagedFile` owns the temporary name, its lock and the renaming; `HashedFile` is written from front to
+back by one process, `write_at` by several at once at places that they know.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from megatron_ledom.errors import OutputError, OutputExistsError
 
@@ -22,8 +26,8 @@ class WrittenFile:
     sha256: str
 
 
-class HashedFile:
-    """A file under a temporary name that is hashed while it is written, and renamed when it is whole.
+class StagedFile:
+    """A file under a temporary name, renamed when it is whole.
 
     The temporary name is `NAME.partial`, locked, so that what a killed run left behind is
     reused and two runs cannot write the same output. A context manager: what was not
@@ -38,12 +42,11 @@ class HashedFile:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.num_bytes = 0
-        self._hash = hashlib.sha256()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.partial.open("ab")
         except OSError as error:
-            raise self._refusal(error) from error
+            raise write_refusal(self.path, self.num_bytes, error) from error
         if not self._lock():
             self._file.close()
             raise OutputExistsError(f"another process is writing {self.partial}; wait for it or stop it")
@@ -70,23 +73,25 @@ class HashedFile:
         except FileNotFoundError:
             return False
 
-    def write(self, data: bytes) -> None:
-        """Append `data`."""
+    def reserve(self, num_bytes: int) -> None:
+        """Give the file its final size, for `write_at`."""
         try:
-            self._file.write(data)
+            self._file.truncate(num_bytes)
         except OSError as error:
-            raise self._refusal(error) from error
-        self._hash.update(data)
-        self.num_bytes += len(data)
+            raise write_refusal(self.path, 0, error) from error
+        self.num_bytes = num_bytes
 
-    def close(self) -> WrittenFile:
-        """Force the bytes to disk and return their size and hash; the file still has its temporary name."""
+    def check_size(self, num_bytes: int) -> None:
+        """Assert that what was written elsewhere is as long as what was reserved."""
+        assert num_bytes == self.num_bytes, (self.path, num_bytes, self.num_bytes)
+
+    def sync(self) -> None:
+        """Force the bytes to disk."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise self._refusal(error) from error
-        return WrittenFile(self.num_bytes, self._hash.hexdigest())
+            raise write_refusal(self.path, self.num_bytes, error) from error
 
     def publish(self) -> None:
         """Give the file its final name."""
@@ -100,8 +105,42 @@ class HashedFile:
             with contextlib.suppress(OSError):  # what could not be flushed is not wanted any more
                 self._file.close()
 
-    def _refusal(self, error: OSError) -> OutputError:
-        return OutputError(
-            f"cannot write {self.path} ({self.num_bytes:,} bytes written): {error.strerror}; nothing new "
-            "stands under that name. Make room or choose another --output-prefix"
-        )
+
+class HashedFile(StagedFile):
+    """A staged file that one process writes from front to back, and that is hashed while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._hash = hashlib.sha256()
+
+    def write(self, data: Any) -> None:
+        """Append the bytes of a buffer."""
+        view = memoryview(data).cast("B")
+        try:
+            self._file.write(view)
+        except OSError as error:
+            raise write_refusal(self.path, self.num_bytes, error) from error
+        self._hash.update(view)
+        self.num_bytes += len(view)
+
+    def close(self) -> WrittenFile:
+        """Force the bytes to disk and return their size and hash; the file still has its temporary name."""
+        self.sync()
+        return WrittenFile(self.num_bytes, self._hash.hexdigest())
+
+
+def write_at(descriptor: int, data: Any, offset: int) -> int:
+    """Write all of a buffer at a place of an open file; return the place behind it."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+    return offset
+
+
+def write_refusal(path: Path, num_bytes: int, error: OSError) -> OutputError:
+    """What to raise where the file system takes no more of an output."""
+    return OutputError(
+        f"cannot write {path} ({num_bytes:,} bytes written): {error.strerror}; nothing new "
+        "stands under that name. Make room or choose another --output-prefix"
+    )

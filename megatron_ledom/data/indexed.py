@@ -1,4 +1,4 @@
-"""The `.bin`/`.idx` pair: a writer whose bytes equal Megatron's, and a reader of the index header.
+"""The `.idx` file: written in parts, with bytes equal to Megatron's, and the reader of its header.
 
 The reader of whole datasets is Megatron's `IndexedDataset`. What is written here does not
 need megatron, because importing it takes longer than preprocessing a small corpus.
@@ -10,15 +10,12 @@ Source: `megatron.core.datasets.indexed_dataset` (`IndexedDatasetBuilder`, `_Ind
 from __future__ import annotations
 
 import struct
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
-from megatron_ledom.data.files import HashedFile, WrittenFile
+from megatron_ledom.data.files import write_at
 from megatron_ledom.errors import InputError
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
@@ -37,76 +34,43 @@ def optimal_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16) if vocab_size < 65500 else np.dtype(np.int32)
 
 
-class DatasetWriter:
-    """Writes `PREFIX.bin` and `PREFIX.idx`; both appear under their names only through `publish`.
+def index_bytes(num_documents: int) -> int:
+    """Return the size of an `.idx` file."""
+    return HEADER.size + 4 * num_documents + 8 * num_documents + 8 * (num_documents + 1)
 
-    A context manager: whatever was not published is removed on leaving. Memory: 4 bytes a document.
+
+def write_index_header(descriptor: int, dtype: np.dtype, num_documents: int) -> None:
+    """Write the first 34 bytes of an `.idx` file."""
+    code = DTYPE_CODES[dtype.name]
+    write_at(descriptor, HEADER.pack(INDEX_MAGIC, INDEX_VERSION, code, num_documents, num_documents + 1), 0)
+
+
+def write_index_part(
+    descriptor: int, lengths: np.ndarray, *, first: int, num_documents: int, offset_bytes: int, itemsize: int
+) -> None:
+    """Write what an `.idx` file says of consecutive documents; several processes may write parts at once.
 
     Args:
-        prefix: the path without suffix.
-        dtype: the type of the ids, see `optimal_dtype`.
+        descriptor: the file, open for writing.
+        lengths: ids per document, each at least 1; int32 [documents of this part].
+        first: number of the first of them, counted from 0.
+        num_documents: of the whole dataset.
+        offset_bytes: where the first of them stands in the `.bin` file.
+        itemsize: bytes of an id.
     """
-
-    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
-        self.dtype = dtype
-        self.num_tokens = 0
-        self._lengths = array("i")
-        assert self._lengths.itemsize == 4, self._lengths.itemsize
-        self._bin = HashedFile(Path(f"{prefix}.bin"))
-        try:
-            self._idx = HashedFile(Path(f"{prefix}.idx"))
-        except BaseException:
-            self._bin.discard()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bin.discard()
-        self._idx.discard()
-
-    @property
-    def num_documents(self) -> int:
-        """Documents added so far."""
-        return len(self._lengths)
-
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents.
-
-        Args:
-            ids: the ids of the documents one after the other, as they shall stand in the file; [sum(lengths)].
-            lengths: ids per document, each at least 1; int32 [documents].
-        """
-        assert ids.dtype == self.dtype and lengths.dtype == np.int32, (ids.dtype, self.dtype, lengths.dtype)
-        assert len(ids) == lengths.sum(dtype=np.int64), (len(ids), lengths.sum(dtype=np.int64))
-        self._bin.write(ids.tobytes())
-        self._lengths.frombytes(lengths.tobytes())
-        self.num_tokens += len(ids)
-
-    def finish(self) -> dict[str, WrittenFile]:
-        """Write the index, force both files to disk and return what they are: {"bin": ..., "idx": ...}."""
-        lengths = np.array(self._lengths, dtype=np.int32)
-        count = len(lengths)
-        code = DTYPE_CODES[self.dtype.name]
-        self._idx.write(HEADER.pack(INDEX_MAGIC, INDEX_VERSION, code, count, count + 1))
-        self._idx.write(lengths.tobytes())
-        offset = 0
-        for start in range(0, count, _BLOCK):
-            sizes = lengths[start : start + _BLOCK].astype(np.int64) * self.dtype.itemsize
-            ends = offset + np.cumsum(sizes)
-            self._idx.write((ends - sizes).tobytes())
-            offset = int(ends[-1])
-        for start in range(0, count + 1, _BLOCK):
-            self._idx.write(np.arange(start, min(start + _BLOCK, count + 1), dtype=np.int64).tobytes())
-        return {"bin": self._bin.close(), "idx": self._idx.close()}
-
-    def publish(self) -> None:
-        """Give both files their final names; call after `finish`."""
-        self._bin.publish()
-        self._idx.publish()
+    assert lengths.dtype == np.int32, lengths.dtype
+    at_lengths, at_offsets = HEADER.size + 4 * first, HEADER.size + 4 * num_documents + 8 * first
+    at_boundaries = HEADER.size + 12 * num_documents + 8 * first
+    last = first + len(lengths)
+    write_at(descriptor, lengths, at_lengths)
+    for start in range(0, len(lengths), _BLOCK):
+        sizes = lengths[start : start + _BLOCK].astype(np.int64) * itemsize
+        ends = offset_bytes + np.cumsum(sizes)
+        at_offsets = write_at(descriptor, ends - sizes, at_offsets)
+        offset_bytes = int(ends[-1])
+    for start in range(first, last + (last == num_documents), _BLOCK):
+        stop = min(start + _BLOCK, last + (last == num_documents))
+        at_boundaries = write_at(descriptor, np.arange(start, stop, dtype=np.int64), at_boundaries)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ owns reading and writing them; `data/dataset.py` compares them with a run.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import typing
 from dataclasses import dataclass
@@ -19,18 +20,25 @@ from megatron_ledom.data.files import HashedFile, WrittenFile
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SIDECARS = ("crc32", "skipped.jsonl")
+REVERSE_UNITS = ("token", "sentence")
+_ADDED_IN_2 = ("backend", "rows", "format", "bad_records", "sidecars")
 
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer that made the ids; `type` and `model` say where it came from, `fingerprint` what it is."""
+    """The tokenizer that made the ids.
+
+    `type` and `model` say where it came from, `fingerprint` what it is, `backend` which library ran it.
+    """
 
     type: str
     model: str
     fingerprint: str
     vocab_size: int
     eod_id: int
+    backend: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Counts:
         text_bytes: UTF-8 bytes of the documents' text.
         empty_documents: records whose text gave no token; they are not in the files.
         eod_in_text: end-of-document ids that came from the text itself.
+        bad_records: records that were passed over because they are no documents (`--on-bad-record skip`).
     """
 
     documents: int
@@ -50,15 +59,18 @@ class Counts:
     text_bytes: int
     empty_documents: int
     eod_in_text: int
+    bad_records: int = 0
 
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """An input file: resolved path, size on disk, documents of it that are in the dataset."""
+    """An input file: resolved path, size on disk, documents of it that are in the dataset, records in it, format."""
 
     path: str
     bytes: int
     documents: int
+    rows: int = 0
+    format: str = "jsonl"
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,7 @@ class Manifest:
     created_utc: str
     megatron_ledom_version: str
     reverse_unit: str = "token"
+    sidecars: dict[str, WrittenFile] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -90,9 +103,33 @@ def manifest_path(prefix: str | Path) -> Path:
 
 
 def dump_manifest(manifest: Manifest) -> str:
-    """Return the manifest as JSON text."""
-    fields = {"format_version": manifest.format_version} | dataclasses.asdict(manifest)
-    return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    """Return the manifest as JSON text, its own hash in the last field."""
+    fields = _fields(manifest)
+    return json.dumps(fields | {"manifest_sha256": self_hash(fields)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def manifest_hash(manifest: Manifest) -> str:
+    """Return the hash that the manifest holds of itself."""
+    return self_hash(_fields(manifest))
+
+
+def _fields(manifest: Manifest) -> dict[str, Any]:
+    return {"format_version": manifest.format_version} | dataclasses.asdict(manifest)
+
+
+def self_hash(fields: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's fields in canonical JSON; the field `manifest_sha256` does not count."""
+    kept = {name: value for name, value in fields.items() if name != "manifest_sha256"}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def has_right_hash(prefix: str | Path) -> bool:
+    """Whether the manifest says what it said when it was written; true of format 1, which holds no hash."""
+    fields = _read_fields(prefix)
+    if fields["format_version"] == 1 and "manifest_sha256" not in fields:
+        return True
+    return fields.get("manifest_sha256") == self_hash(fields)
 
 
 def stage_manifest(manifest: Manifest, prefix: str | Path) -> HashedFile:
@@ -125,6 +162,20 @@ def load_manifest(prefix: str | Path) -> Manifest:
         DirectionError: its direction is an unknown word.
     """
     path = manifest_path(prefix)
+    fields = _read_fields(prefix)
+    if isinstance(fields.get("direction"), str):
+        fields["direction"] = Direction.parse(fields["direction"], where=f"{path}, field 'direction'")
+    manifest: Manifest = _build(Manifest, fields, str(path), "")
+    if manifest.reverse_unit not in REVERSE_UNITS or set(manifest.files) != {"bin", "idx"}:
+        raise InputError(
+            f"{path}: reverse_unit {manifest.reverse_unit!r} and files {sorted(manifest.files)} found, "
+            f"this version knows {list(REVERSE_UNITS)} and ['bin', 'idx']"
+        )
+    return manifest
+
+
+def _read_fields(prefix: str | Path) -> dict[str, Any]:
+    path = manifest_path(prefix)
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -132,7 +183,7 @@ def load_manifest(prefix: str | Path) -> Manifest:
             f"{path} does not exist, so nobody knows in which direction {prefix} runs. "
             "Make the dataset with tools/preprocess_data.py"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {error}; make the dataset anew") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("format_version"), int):
         raise InputError(f"{path} is no manifest of a dataset: it has no format_version")
@@ -141,15 +192,7 @@ def load_manifest(prefix: str | Path) -> Manifest:
             f"{path} has format {fields['format_version']}, this version reads up to {FORMAT_VERSION}; "
             "use the megatron_ledom that wrote it, or a later one"
         )
-    if isinstance(fields.get("direction"), str):
-        fields["direction"] = Direction.parse(fields["direction"], where=f"{path}, field 'direction'")
-    manifest: Manifest = _build(Manifest, fields, str(path), "")
-    if manifest.reverse_unit != "token" or set(manifest.files) != {"bin", "idx"}:
-        raise InputError(
-            f"{path}: reverse_unit {manifest.reverse_unit!r} and files {sorted(manifest.files)} found, "
-            "this version knows 'token' and ['bin', 'idx']"
-        )
-    return manifest
+    return fields
 
 
 def _build(kind: Any, value: Any, path: str, field: str) -> Any:
@@ -157,11 +200,13 @@ def _build(kind: Any, value: Any, path: str, field: str) -> Any:
     origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
-        missing = [f"{field}{name}" for name in hints if name not in value]
+        added_later = {f.name for f in dataclasses.fields(kind) if f.name in _ADDED_IN_2}
+        missing = [f"{field}{name}" for name in hints if name not in value and name not in added_later]
         if missing:
             raise InputError(f"{path} lacks {', '.join(missing)}; make the dataset anew")
+        given = {name: hint for name, hint in hints.items() if name in value}
         return cast("type", kind)(
-            **{name: _build(hint, value[name], path, f"{field}{name}.") for name, hint in hints.items()}
+            **{name: _build(hint, value[name], path, f"{field}{name}.") for name, hint in given.items()}
         )
     if origin is list and isinstance(value, list):
         (item,) = typing.get_args(kind)

@@ -1,44 +1,37 @@
-"""The preprocessing pipeline: read, tokenise, reverse, write.
+"""The preprocessing pipeline: what to make of which files, cut into shards, made by workers, joined.
 
-    files --chunks of whole lines--> workers: parse, tokenise, reverse --arrays of ids--> one writer
+    inputs -> sources -> shards --> workers: read, tokenise, reverse, write --> PREFIX.shards/ --> joined, published
 
-Workers are separate processes that share nothing. Results are taken in the order of the
-chunks, so the bytes of the output do not depend on the number of workers; a window of
-two chunks a worker keeps memory flat. It owns the order of things and the worker
-processes; reading, tokenising, reversing, writing have their own modules.
+The cut depends on the files and options alone, and so do the bytes of the result: not on
+workers, nodes, the size of shards, or how often the job was killed. The same command goes on where a killed
+one stopped. This module owns the order of things; `encode.py` makes a shard, `merge.py` joins them.
 """
 
 from __future__ import annotations
 
-import datetime
-import multiprocessing
+import contextlib
 import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from megatron_ledom import __version__
-from megatron_ledom.data.indexed import DatasetWriter, optimal_dtype
-from megatron_ledom.data.manifest import (
-    Counts,
-    Manifest,
-    SourceRecord,
-    TokenizerRecord,
-    stage_manifest,
-)
-from megatron_ledom.data.sources import Chunk, check_inputs, parse_chunk, read_chunks
+from megatron_ledom.data.backends import BACKENDS, choose_backend
+from megatron_ledom.data.encode import EncodeTask
+from megatron_ledom.data.indexed import optimal_dtype
+from megatron_ledom.data.manifest import REVERSE_UNITS, Manifest
+from megatron_ledom.data.merge import check_not_there, dataset_prefixes, finish_publishing, merge_shards
+from megatron_ledom.data.sentences import SAMPLE_BYTES, SentenceSplitter, load_splitter, train_splitter
+from megatron_ledom.data.shards import WorkFolder
+from megatron_ledom.data.sources import TEXT_UNITS, Slice, Source, cut_sources, find_sources, read_slice
 from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_ledom.direction import Direction, stored_document
-from megatron_ledom.errors import InputError, OutputExistsError, UsageError
+from megatron_ledom.data.workers import run_parallel
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import InputError, UsageError
 from megatron_ledom.log import Progress, get_logger
+
+MIN_SHARD_BYTES, MAX_SHARD_BYTES, NUM_SHARDS = 8 << 20, 256 << 20, 512
+_PROBES, _PROBE_CHARS = 8, 8192  # places of the corpus that are compared before a library is trusted, and how much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +39,23 @@ class PreprocessConfig:
     """What to make of which files.
 
     Attributes:
-        inputs: JSONL files, `.gz` or not, in the order in which their documents shall stand.
+        inputs: files, folders or globs, in the order in which their documents shall stand; see `sources.py`.
         output_prefix: the datasets are called `PREFIX_{key}_document`.
         tokenizer_type: see `load_tokenizer`; so are the next three.
-        json_keys: the fields to make a dataset of, one each.
+        json_keys: the fields (of parquet: columns) to make a dataset of, one each.
         direction: the order of the ids in the files.
+        reverse_unit: what is reversed: the "token"s of a document, or its "sentence"s, tokens inside in order.
+        punkt: with sentences: "train" learns where they end from the corpus; else a file of Punkt parameters.
+        text_unit: what a document of a text file is: "file", "line" or "paragraph".
         append_eod: close every document with the end-of-document id.
-        workers: processes that tokenise; 1 works in this process.
-        overwrite: replace datasets of the same name.
+        on_bad_record: "fail" at the first one, or "skip" and list them.
+        max_bad_records: with "skip": fail when there are more; None for any number.
+        tokenizer_backend: one of `BACKENDS`.
+        workers: processes; 1 works in this process.
+        shard_mb: megabytes of input in a shard; None for what suits the corpus.
+        shard_index: with `num_shards`: do this share of the shards, counted from 0, and do not join them.
+        num_shards: into how many shares the work is divided.
+        overwrite: replace datasets of the same name, and unfinished work of another command.
     """
 
     inputs: Sequence[Path]
@@ -64,14 +66,23 @@ class PreprocessConfig:
     merge_file: str | None = None
     json_keys: Sequence[str] = ("text",)
     direction: Direction = Direction.REVERSE
+    reverse_unit: str = "token"
+    punkt: str = "train"
+    text_unit: str = "file"
     append_eod: bool = False
+    on_bad_record: str = "fail"
+    max_bad_records: int | None = None
+    tokenizer_backend: str = "auto"
     workers: int = 1
+    shard_mb: float | None = None
+    shard_index: int | None = None
+    num_shards: int | None = None
     overwrite: bool = False
 
     @property
     def prefixes(self) -> list[str]:
         """The datasets to be written, in the order of `json_keys`; Megatron's names."""
-        return [f"{self.output_prefix}_{key}_document" for key in self.json_keys]
+        return dataset_prefixes(self.output_prefix, self.json_keys)
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the tokenizer that the fields name."""
@@ -80,172 +91,218 @@ class PreprocessConfig:
         )
 
 
-@dataclass(frozen=True)
-class EncodedTexts:
-    """The texts of one key in one chunk, as they shall stand in the `.bin` file.
-
-    `ids` [tokens] holds documents one after the other, `lengths` int32 [documents] their sizes.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    text_bytes: int
-    empty_documents: int
-    eod_in_text: int
-
-
-class ChunkEncoder:
-    """Turns a chunk of JSONL into stored documents; one in every worker process."""
-
-    def __init__(self, config: PreprocessConfig, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._keys = tuple(config.json_keys)
-        self._direction = config.direction
-        self._append_eod_id = tokenizer.eod_id if config.append_eod else None
-        self._dtype = optimal_dtype(tokenizer.vocab_size)
-
-    def encode(self, chunk: Chunk) -> list[EncodedTexts]:
-        """Parse, tokenise and put into stored order; one result a key.
-
-        Raises:
-            InputError: a line is bad (see `parse_chunk`), or an id does not fit the file's dtype.
-        """
-        documents = list(parse_chunk(chunk, self._keys))
-        return [self._encode_texts([d.texts[i] for d in documents], chunk) for i in range(len(self._keys))]
-
-    def _encode_texts(self, texts: list[str], chunk: Chunk) -> EncodedTexts:
-        natural = self._tokenizer.encode_batch(texts)
-        kept = [ids for ids in natural if len(ids)]
-        stored = [stored_document(ids, self._direction, self._append_eod_id) for ids in kept]
-        flat = np.concatenate(stored) if stored else np.empty(0, dtype=np.int32)
-        if len(flat) and flat.max() > np.iinfo(self._dtype).max:
-            raise InputError(
-                f"{chunk.path}, lines from {chunk.first_line}: the tokenizer gave id {flat.max()}, which does not fit "
-                f"{self._dtype.name}, the type for its vocabulary of {self._tokenizer.vocab_size}"
-            )
-        num_eod = int(np.count_nonzero(flat == self._tokenizer.eod_id))
-        return EncodedTexts(
-            ids=flat.astype(self._dtype),
-            lengths=np.array([len(ids) for ids in stored], dtype=np.int32),
-            text_bytes=sum(len(t) if t.isascii() else len(t.encode("utf-8")) for t in texts),
-            empty_documents=len(natural) - len(kept),
-            eod_in_text=num_eod - (len(stored) if self._append_eod_id is not None else 0),
-        )
-
-
-@dataclass
-class _Totals:
-    """Running counts of one dataset; `documents` has one entry an input file."""
-
-    documents: list[int]
-    text_bytes: int = 0
-    empty_documents: int = 0
-    eod_in_text: int = 0
-
-    def add(self, source: int, encoded: EncodedTexts) -> None:
-        self.documents[source] += len(encoded.lengths)
-        self.text_bytes += encoded.text_bytes
-        self.empty_documents += encoded.empty_documents
-        self.eod_in_text += encoded.eod_in_text
-
-
 def preprocess(config: PreprocessConfig) -> list[Manifest]:
     """Write one dataset a key and return their manifests, in the order of `json_keys`.
 
-    Nothing lies under a final name before everything is written; on failure the temporary
-    files are removed.
+    Nothing lies under a final name before everything is written. Where the run fails or is
+    killed, finished shards stay in `PREFIX.shards/`, and the same command goes on from there.
+
+    Returns:
+        Nothing where only a share was asked for (`shard_index`).
 
     Raises:
         UsageError: flags that cannot work.
         OutputError: the output cannot be written (disk full).
-        InputError: an input file or line is bad, nothing is left to write, or a worker died.
-        OutputExistsError: a dataset of that name is there and `overwrite` is not set.
+        InputError: an input file or record is bad, nothing is left to write, or a worker died.
+        OutputExistsError: a dataset of that name, or unfinished work of another command, is there.
     """
-    _check_config(config)
-    total_bytes = check_inputs(config.inputs)
+    check_config(config)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker is one core
+    work = WorkFolder(config.output_prefix)
+    done = finish_publishing(work, config.prefixes)
+    if done is not None:
+        return done
+    if not config.overwrite and not work.is_publishing:
+        check_not_there(config.prefixes)
+    sources = find_sources(config.inputs)
     tokenizer = config.load_tokenizer()
-    dtype = optimal_dtype(tokenizer.vocab_size)
-    totals = [_Totals([0] * len(config.inputs)) for _ in config.json_keys]
-    with ExitStack() as stack:
-        writers = [stack.enter_context(DatasetWriter(prefix, dtype)) for prefix in config.prefixes]
-        progress = Progress("tokenise", total_bytes / 1e6, "MB")
-        for chunk, encoded in _encode_in_order(config, tokenizer):
-            for writer, total, texts in zip(writers, totals, encoded, strict=True):
-                writer.add(texts.ids, texts.lengths)
-                total.add(chunk.source, texts)
-            progress.update(chunk.input_bytes / 1e6)
-        _check_not_empty(config, writers)
-        manifests = [
-            _describe(config, tokenizer, key, writer, total)
-            for key, writer, total in zip(config.json_keys, writers, totals, strict=True)
-        ]
-        staged = [
-            stack.enter_context(stage_manifest(manifest, prefix))
-            for prefix, manifest in zip(config.prefixes, manifests, strict=True)
-        ]
-        progress.close()
-        for writer, manifest_file in zip(writers, staged, strict=True):
-            manifest_file.path.unlink(missing_ok=True)  # new data never stands beside an old manifest
-            writer.publish()
-            manifest_file.publish()
+    shard_bytes = _shard_bytes(config, sources)
+    shards = cut_sources(sources, shard_bytes, config.text_unit)
+    splitter = _splitter(config, work, sources, shards)
+    plan = _plan(config, sources, shards, shard_bytes, tokenizer, splitter)
+    encoder = choose_backend(tokenizer, config.tokenizer_backend, _sample(config, sources, shards))
+    work.open(plan, start_over=config.overwrite and config.shard_index is None)
+    task = EncodeTask(
+        sources=sources,
+        shards=shards,
+        json_keys=config.json_keys,
+        text_unit=config.text_unit,
+        direction=config.direction,
+        splitter=splitter,
+        append_eod=config.append_eod,
+        dtype=optimal_dtype(tokenizer.vocab_size),
+        max_bad_records=_bad_limit(config),
+        folder=work,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        num_bytes=sum(source.num_bytes for source in sources),
+    )
+    try:
+        _make_shards(config, task)
+        if config.shard_index is not None:
+            return []
+        manifests = merge_shards(config.output_prefix, workers=config.workers, overwrite=config.overwrite)
+    except BaseException:
+        _keep_or_remove(work, len(shards))
+        raise
     _warn_of_eod_in_text(config, manifests)
     return manifests
 
 
-def _check_config(config: PreprocessConfig) -> None:
+def check_config(config: PreprocessConfig) -> None:
+    """Raise UsageError for fields that cannot work, alone or together."""
     if config.workers < 1:
         raise UsageError(f"--workers must be at least 1, found {config.workers}")
     if not config.json_keys or len(set(config.json_keys)) != len(config.json_keys):
         raise UsageError(f"--json-keys must name different keys, found {' '.join(config.json_keys) or 'none'}")
     if config.output_prefix.endswith("/"):
         raise UsageError(f"--output-prefix {config.output_prefix} is a folder; add the beginning of a file name")
-    suffixes = (".bin", ".idx", ".manifest.json")
-    existing = [f for prefix in config.prefixes for s in suffixes if Path(f := f"{prefix}{s}").exists()]
-    if existing and not config.overwrite:
-        raise OutputExistsError(f"{existing[0]} exists; choose another --output-prefix or pass --overwrite")
+    for flag, value, known in (
+        ("--reverse-unit", config.reverse_unit, REVERSE_UNITS),
+        ("--text-unit", config.text_unit, TEXT_UNITS),
+        ("--on-bad-record", config.on_bad_record, ("fail", "skip")),
+        ("--tokenizer-backend", config.tokenizer_backend, BACKENDS),
+    ):
+        if value not in known:
+            raise UsageError(f"{flag} must be one of {', '.join(known)}, found {value}")
+    if config.reverse_unit == "sentence" and config.direction is not Direction.REVERSE:
+        raise UsageError("--reverse-unit sentence goes with --direction reverse: a forward file reverses nothing")
+    if config.max_bad_records is not None and (config.max_bad_records < 0 or config.on_bad_record == "fail"):
+        raise UsageError("--max-bad-records takes a number from 0 on, and goes with --on-bad-record skip")
+    if (config.shard_index is None) != (config.num_shards is None):
+        raise UsageError("--shard-index and --num-shards go together")
+    if config.shard_index is not None and not 0 <= config.shard_index < (config.num_shards or 0):
+        raise UsageError(f"--shard-index must be from 0 to {(config.num_shards or 0) - 1}, found {config.shard_index}")
+    if config.shard_mb is not None and not config.shard_mb > 0:
+        raise UsageError(f"--shard-mb must be more than 0, found {config.shard_mb}")
 
 
-def _check_not_empty(config: PreprocessConfig, writers: Sequence[DatasetWriter]) -> None:
-    for key, writer in zip(config.json_keys, writers, strict=True):
-        if writer.num_documents == 0:
-            raise InputError(
-                f"the corpus is empty: no text under the key {key!r} in {', '.join(map(str, config.inputs))}"
-            )
+def _shard_bytes(config: PreprocessConfig, sources: Sequence[Source]) -> int:
+    if config.shard_mb is not None:
+        return max(1, int(config.shard_mb * (1 << 20)))
+    total = sum(source.num_bytes for source in sources)
+    return min(max(total // NUM_SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
 
 
-def _describe(
-    config: PreprocessConfig, tokenizer: Tokenizer, key: str, writer: DatasetWriter, totals: _Totals
-) -> Manifest:
-    """Finish the files of `writer` under their temporary names and return what they are."""
-    files = writer.finish()
+def _bad_limit(config: PreprocessConfig) -> int | None:
+    """The most bad records that are passed over; None stops at the first."""
+    if config.on_bad_record == "fail":
+        return None
+    return (1 << 62) if config.max_bad_records is None else config.max_bad_records
+
+
+def _plan(
+    config: PreprocessConfig,
+    sources: Sequence[Source],
+    shards: Sequence[Sequence[Slice]],
+    shard_bytes: int,
+    tokenizer: Tokenizer,
+    splitter: SentenceSplitter | None,
+) -> dict[str, Any]:
+    """All that decides the bytes of the result, and what the manifest says besides; two runs of one plan may mix."""
     model = config.tokenizer_model if config.tokenizer_model is not None else config.vocab_file
-    return Manifest(
-        direction=config.direction,
-        append_eod=config.append_eod,
-        tokenizer=TokenizerRecord(
-            type=tokenizer.type,
-            model=str(Path(str(model)).resolve()),
-            fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            eod_id=tokenizer.eod_id,
-        ),
-        counts=Counts(
-            documents=writer.num_documents,
-            tokens=writer.num_tokens,
-            text_bytes=totals.text_bytes,
-            empty_documents=totals.empty_documents,
-            eod_in_text=totals.eod_in_text,
-        ),
-        dtype=writer.dtype.name,
-        files=files,
-        sources=[
-            SourceRecord(str(path.resolve()), path.stat().st_size, documents)
-            for path, documents in zip(config.inputs, totals.documents, strict=True)
+    return {
+        "inputs": list(map(str, config.inputs)),
+        "sources": [
+            {"path": str(s.path.resolve()), "bytes": s.num_bytes, "mtime_ns": s.mtime_ns, "format": s.format}
+            for s in sources
         ],
-        json_key=key,
-        created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        megatron_ledom_version=__version__,
-    )
+        "text_unit": config.text_unit,
+        "json_keys": list(config.json_keys),
+        "tokenizer": {
+            "type": tokenizer.type,
+            "model": str(Path(str(model)).resolve()),
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eod_id": tokenizer.eod_id,
+        },
+        "dtype": optimal_dtype(tokenizer.vocab_size).name,
+        "direction": str(config.direction),
+        "reverse_unit": config.reverse_unit,
+        "punkt": None if splitter is None else splitter.parameters,
+        "append_eod": config.append_eod,
+        "max_bad_records": _bad_limit(config),
+        "shard_bytes": shard_bytes,
+        "shards": [[list(part) for part in shard] for shard in shards],
+    }
+
+
+def _splitter(
+    config: PreprocessConfig, work: WorkFolder, sources: Sequence[Source], shards: Sequence[Sequence[Slice]]
+) -> SentenceSplitter | None:
+    if config.reverse_unit != "sentence":
+        return None
+    if config.punkt != "train":
+        return load_splitter(Path(config.punkt))
+    get_logger(__name__).info("learning where sentences end from %d MB of the corpus", SAMPLE_BYTES >> 20)
+    places = max(1, min(len(shards), 16))
+    chosen = [shards[len(shards) * i // places] for i in range(places)]
+    return train_splitter(text for shard in chosen for text in _head(config, sources, shard, SAMPLE_BYTES // places))
+
+
+def _sample(config: PreprocessConfig, sources: Sequence[Source], shards: Sequence[Sequence[Slice]]) -> Iterator[str]:
+    """Yield documents from places all over the corpus."""
+    places = min(len(shards), _PROBES)
+    for place in range(places):
+        yield from _head(config, sources, shards[len(shards) * place // places], _PROBE_CHARS)
+
+
+def _head(config: PreprocessConfig, sources: Sequence[Source], shard: Sequence[Slice], chars: int) -> Iterator[str]:
+    """Yield the first texts of a shard, about `chars` of them; what cannot be read is told by the worker later."""
+    with contextlib.suppress(InputError):
+        for part in shard:
+            for batch in read_slice(sources[part.source], part, config.json_keys, config.text_unit):
+                for texts in zip(*batch.texts, strict=True):
+                    yield from (text[:chars] for text in texts)
+                    chars -= sum(map(len, texts))
+                    if chars <= 0:
+                        return
+
+
+def _make_shards(config: PreprocessConfig, task: EncodeTask) -> None:
+    """Make the shards that are not finished, or this run's share of them; then those that others left."""
+    chosen = range(len(task.shards))[config.shard_index or 0 :: config.num_shards or 1]
+    todo = [shard for shard in chosen if not task.folder.is_finished(shard)]
+    if len(todo) < len(chosen):
+        get_logger(__name__).info("%d of %d shards are finished already", len(chosen) - len(todo), len(chosen))
+    progress = Progress("tokenise", task.num_bytes * len(todo) / len(task.shards) / 1e6, "MB")
+    bad, limit = 0, task.max_bad_records
+    for is_second_pass in (False, True):
+        task.wait = is_second_pass
+        for _, found in run_parallel(
+            task,
+            todo,
+            config.workers,
+            on_report=lambda num_bytes: progress.update(num_bytes / 1e6),
+            doing="documents were tokenised",
+        ):
+            bad += found
+            if limit is not None and bad > limit:
+                raise InputError(
+                    f"{bad:,} records are bad so far, more than --max-bad-records {limit:,}; they are listed in the "
+                    f".skip files of {task.folder.path}"
+                )
+        if config.shard_index is not None:
+            break
+        todo = [shard for shard in todo if not task.folder.is_finished(shard)]
+        if not todo or task.folder.plan() is None:
+            break
+        get_logger(__name__).info("waiting for %d shards that another process is making", len(todo))
+    progress.close()
+
+
+def _keep_or_remove(work: WorkFolder, num_shards: int) -> None:
+    """Say what a failed run leaves, if anything."""
+    finished = work.num_finished()
+    if not finished:
+        work.remove()
+    elif work.path.is_dir():
+        get_logger(__name__).warning(
+            "%d of %d shards are finished and stay in %s; the same command goes on from there",
+            finished,
+            num_shards,
+            work.path,
+        )
 
 
 def _warn_of_eod_in_text(config: PreprocessConfig, manifests: Sequence[Manifest]) -> None:
@@ -257,74 +314,3 @@ def _warn_of_eod_in_text(config: PreprocessConfig, manifests: Sequence[Manifest]
                 prefix,
                 manifest.counts.eod_in_text,
             )
-
-
-def _encode_in_order(config: PreprocessConfig, tokenizer: Tokenizer) -> Iterator[tuple[Chunk, list[EncodedTexts]]]:
-    """Yield every chunk (without its data) with its encoding, in the order of the files."""
-    chunks = read_chunks(config.inputs)
-    if config.workers == 1:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker is one core
-        encoder = ChunkEncoder(config, tokenizer)
-        for chunk in chunks:
-            yield chunk, encoder.encode(chunk)
-        return
-    # spawn: a fork of a process with threads (torch, a notebook) can hang
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(config.workers, mp_context=context, initializer=_start_worker, initargs=(config,))
-    window: deque[tuple[Chunk, Future[list[EncodedTexts]]]] = deque()
-    try:
-        for chunk in chunks:
-            window.append((chunk, _submit(pool, chunk)))
-            if len(window) >= 2 * config.workers:
-                yield _take(window)
-        while window:
-            yield _take(window)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _submit(pool: ProcessPoolExecutor, chunk: Chunk) -> Future[list[EncodedTexts]]:
-    try:
-        return pool.submit(_encode_chunk, chunk)
-    except BrokenProcessPool as error:
-        raise _worker_died(chunk) from error
-
-
-def _take(window: deque[tuple[Chunk, Future[list[EncodedTexts]]]]) -> tuple[Chunk, list[EncodedTexts]]:
-    chunk, future = window.popleft()
-    try:
-        return chunk, future.result()
-    except BrokenProcessPool as error:
-        raise _worker_died(chunk) from error
-
-
-def _worker_died(chunk: Chunk) -> InputError:
-    return InputError(
-        f"a worker process died while the documents of {chunk.path} from line {chunk.first_line} on were waited for "
-        "(killed, or out of memory?); nothing was written. Try fewer --workers"
-    )
-
-
-# One per worker process: set when it starts, since a tokenizer is too big to travel with every chunk.
-_encoder: ChunkEncoder | None = None
-
-
-def _start_worker(config: PreprocessConfig) -> None:
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = ChunkEncoder(config, config.load_tokenizer())
-
-
-def _exit_with_parent() -> None:
-    """Leave when the parent is gone: an executor's worker would wait for work for ever after its SIGKILL."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_chunk(chunk: Chunk) -> list[EncodedTexts]:
-    assert _encoder is not None
-    return _encoder.encode(chunk)

@@ -45,7 +45,15 @@ class Tokenizer(abc.ABC):
         eod_id: the end-of-document id, Megatron's `tokenizer.eod`.
         fingerprint: "sha256:..." of all that decides ids, and of nothing else: two tokenizers with
             one fingerprint give the same ids for every text, wherever their files lie.
+        library: the library that makes the ids; what it says is the truth that `backends.py` compares with.
     """
+
+    library: str
+    origin: tuple[Any, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as what it was loaded from, so that it is loaded anew in another process."""
+        return _load_again, self.origin
 
     def __init__(self, *, type: str, model: str, vocab_size: int, eod_id: int, fingerprint: str) -> None:
         self.type, self.model = type, model
@@ -62,6 +70,18 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def decode(self, ids_nat: Sequence[int] | np.ndarray) -> str:
         """Return the text of ids in natural order; special tokens are written out."""
+
+    @abc.abstractmethod
+    def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of one text and, for each, the character at which it starts; int32 [n] both."""
+
+    @abc.abstractmethod
+    def content(self) -> str | bytes:
+        """Return the tokenizer itself: a `tokenizer.json` as text, or a SentencePiece model as bytes."""
+
+    @abc.abstractmethod
+    def special_texts(self) -> list[str]:
+        """Return the tokens that a library may treat in a way of its own when they stand in a text."""
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of one text, natural order; int32 [n]."""
@@ -81,6 +101,8 @@ class EngineTokenizer(Protocol):
 class _HuggingFace(Tokenizer):
     """A `tokenizers` backend, as `tokenizer.json` describes it."""
 
+    library = "tokenizers"
+
     def __init__(self, backend: Any, **facts: Any) -> None:
         super().__init__(**facts)
         self._backend = backend
@@ -92,9 +114,21 @@ class _HuggingFace(Tokenizer):
     def decode(self, ids_nat: Sequence[int] | np.ndarray) -> str:
         return self._backend.decode([int(i) for i in ids_nat], skip_special_tokens=False)
 
+    def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int32), np.array([start for start, _ in encoding.offsets], np.int32)
+
+    def content(self) -> str:
+        return self._backend.to_str()
+
+    def special_texts(self) -> list[str]:
+        return [token.content for token in self._backend.get_added_tokens_decoder().values()]
+
 
 class _SentencePiece(Tokenizer):
     """A SentencePiece model."""
+
+    library = "sentencepiece"
 
     def __init__(self, processor: Any, **facts: Any) -> None:
         super().__init__(**facts)
@@ -106,6 +140,22 @@ class _SentencePiece(Tokenizer):
 
     def decode(self, ids_nat: Sequence[int] | np.ndarray) -> str:
         return self._processor.decode([int(i) for i in ids_nat])
+
+    def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        pieces = self._processor.encode(text, return_type="proto").pieces
+        starts = np.array([p.begin for p in pieces], np.int32)
+        if not text.isascii():  # the library counts bytes
+            character = np.cumsum((np.frombuffer(text.encode("utf-8"), np.uint8) & 0xC0) != 0x80) - 1
+            starts = character[np.minimum(starts, len(character) - 1)].astype(np.int32)
+        return np.array([p.id for p in pieces], np.int32), starts
+
+    def content(self) -> bytes:
+        return self._processor.serialized_model_proto()
+
+    def special_texts(self) -> list[str]:
+        size = self._processor.get_piece_size()
+        ids = [i for i in range(size) if self._processor.is_control(i) or self._processor.is_unknown(i)]
+        return [self._processor.id_to_piece(i) for i in ids]
 
 
 def load_tokenizer(
@@ -131,13 +181,20 @@ def load_tokenizer(
     Source: `megatron.core.tokenizers.utils.build_tokenizer.build_tokenizer`.
     """
     if tokenizer_type == "HuggingFaceTokenizer":
-        return _load_huggingface(_required(model, "--tokenizer-model", tokenizer_type))
-    if tokenizer_type in SENTENCEPIECE_TYPES:
-        return _load_sentencepiece(tokenizer_type, _required(model, "--tokenizer-model", tokenizer_type))
-    if tokenizer_type == "GPT2BPETokenizer":
+        tokenizer = _load_huggingface(_required(model, "--tokenizer-model", tokenizer_type))
+    elif tokenizer_type in SENTENCEPIECE_TYPES:
+        tokenizer = _load_sentencepiece(tokenizer_type, _required(model, "--tokenizer-model", tokenizer_type))
+    elif tokenizer_type == "GPT2BPETokenizer":
         vocab = _required(vocab_file, "--vocab-file", tokenizer_type)
-        return _load_gpt2(vocab, _required(merge_file, "--merge-file", tokenizer_type))
-    raise UsageError(f"--tokenizer-type {tokenizer_type} is not supported; use one of {', '.join(TOKENIZER_TYPES)}")
+        tokenizer = _load_gpt2(vocab, _required(merge_file, "--merge-file", tokenizer_type))
+    else:
+        raise UsageError(f"--tokenizer-type {tokenizer_type} is not supported; use one of {', '.join(TOKENIZER_TYPES)}")
+    tokenizer.origin = (tokenizer_type, model, vocab_file, merge_file)
+    return tokenizer
+
+
+def _load_again(kind: str, model: str | None, vocab_file: str | None, merge_file: str | None) -> Tokenizer:
+    return load_tokenizer(kind, model, vocab_file=vocab_file, merge_file=merge_file)
 
 
 def check_engine_tokenizer(tokenizer: Tokenizer, engine_tokenizer: EngineTokenizer) -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_ledom.data.dataset import check_datasets
 from megatron_ledom.data.tokenizers import load_tokenizer
 from megatron_ledom.direction import Direction, natural_document, stored_document
-from megatron_ledom.testing import REPOSITORY, code_documents, run_tool, tool_environment, write_jsonl
+from megatron_ledom.testing import code_documents, run_tool, write_jsonl
 
 NUM_DOCUMENTS = 1000
 
@@ -137,34 +133,3 @@ def test_help_names_megatrons_flags() -> None:
     for flag in ("--input", "--json-keys", "--tokenizer-type", "--tokenizer-model", "--output-prefix", "--append-eod"):
         assert flag in done.stdout
     assert run_tool("preprocess_data.py", "--direction", "sideways").returncode == 2
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def test_after_kill_9_no_worker_stays_and_the_same_command_succeeds(tokenizer_folder: Path, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "code.jsonl", code_documents(200))
-    arguments = flags(tokenizer_folder, path, tmp_path / "out", "--workers", 2)
-    command = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), *map(str, arguments)]
-    process = subprocess.Popen(command, env=tool_environment(), stderr=subprocess.DEVNULL)
-    while len(workers := children_of(process.pid)) < 3:  # two, and multiprocessing's resource tracker
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    deadline = time.monotonic() + 60
-    while any(is_running(pid) for pid in workers):
-        assert time.monotonic() < deadline, workers
-        time.sleep(0.05)
-    assert {p.name for p in tmp_path.glob("out*")} <= {"out_text_document.bin.partial", "out_text_document.idx.partial"}
-    done = run_tool("preprocess_data.py", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert list(tmp_path.glob("*.partial")) == []
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,17 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_ledom.data import indexed
-from megatron_ledom.data.files import HashedFile
-from megatron_ledom.data.indexed import DTYPE_CODES, DatasetWriter, optimal_dtype, read_index_header
+from megatron_ledom.data.files import HashedFile, StagedFile
+from megatron_ledom.data.indexed import (
+    DTYPE_CODES,
+    index_bytes,
+    optimal_dtype,
+    read_index_header,
+    write_index_header,
+    write_index_part,
+)
 from megatron_ledom.errors import InputError, OutputError, OutputExistsError
+from megatron_ledom.files import hash_file
 
 
 def random_documents(count: int, dtype: np.dtype) -> list[np.ndarray]:
@@ -23,14 +32,25 @@ def random_documents(count: int, dtype: np.dtype) -> list[np.ndarray]:
 
 
 def write(prefix: Path, documents: list[np.ndarray], dtype: np.dtype, batch: int) -> dict[str, str]:
-    with DatasetWriter(prefix, dtype) as writer:
-        for start in range(0, len(documents), batch):
-            part = documents[start : start + batch]
-            writer.add(np.concatenate(part), np.array([len(d) for d in part], dtype=np.int32))
-        assert writer.num_documents == len(documents)
-        assert writer.num_tokens == sum(map(len, documents))
-        hashes = {suffix: file.sha256 for suffix, file in writer.finish().items()}
-        writer.publish()
+    """Write `.bin` from front to back, and the parts of `.idx` in an order of chance."""
+    sizes = np.array([len(d) for d in documents], dtype=np.int32)
+    with StagedFile(Path(f"{prefix}.idx")) as idx, HashedFile(Path(f"{prefix}.bin")) as data:
+        idx.reserve(index_bytes(len(documents)))
+        with idx.partial.open("r+b", buffering=0) as file:
+            for start in random.Random(1).sample(range(0, len(documents), batch), k=-(-len(documents) // batch)):
+                write_index_part(
+                    file.fileno(),
+                    sizes[start : start + batch],
+                    first=start,
+                    num_documents=len(documents),
+                    offset_bytes=int(sizes[:start].sum()) * dtype.itemsize,
+                    itemsize=dtype.itemsize,
+                )
+            write_index_header(file.fileno(), dtype, len(documents))
+        data.write(np.concatenate(documents))
+        hashes = {"bin": data.close().sha256, "idx": hash_file(idx.partial)}
+        data.publish()
+        idx.publish()
     return hashes
 
 
@@ -75,9 +95,9 @@ def test_a_file_that_is_no_index_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_when_a_writer_is_abandoned(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="midway"), DatasetWriter(tmp_path / "a", np.dtype(np.int32)) as writer:
-        writer.add(np.array([1, 2], dtype=np.int32), np.array([2], dtype=np.int32))
-        assert {p.name for p in tmp_path.iterdir()} == {"a.bin.partial", "a.idx.partial"}
+    with pytest.raises(RuntimeError, match="midway"), HashedFile(tmp_path / "a.bin") as file:
+        file.write(np.array([1, 2], dtype=np.int32))
+        assert {p.name for p in tmp_path.iterdir()} == {"a.bin.partial"}
         raise RuntimeError("midway")
     assert list(tmp_path.iterdir()) == []
 

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -21,7 +22,6 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_ledom.data import sources
 from megatron_ledom.data.manifest import load_manifest
 from megatron_ledom.data.preprocess import PreprocessConfig, preprocess
 from megatron_ledom.data.tokenizers import load_tokenizer
@@ -29,7 +29,7 @@ from megatron_ledom.direction import Direction, flip
 from megatron_ledom.errors import InputError, OutputError, OutputExistsError, UsageError
 from megatron_ledom.testing import END_OF_DOCUMENT, code_documents, english_documents, write_jsonl
 
-SUFFIXES = (".bin", ".idx", ".manifest.json")
+SUFFIXES = (".bin", ".crc32", ".idx", ".manifest.json", ".skipped.jsonl")
 
 
 @pytest.fixture
@@ -48,26 +48,29 @@ def outputs(config: PreprocessConfig) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())} if folder.exists() else {}
 
 
-def test_workers_do_not_change_the_bytes(config: PreprocessConfig, tmp_path: Path) -> None:
-    texts = code_documents(120)  # a few chunks
+def without_manifest(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if not name.endswith(".manifest.json")}
+
+
+def test_workers_and_shards_do_not_change_the_bytes(config: PreprocessConfig, tmp_path: Path) -> None:
+    texts = code_documents(120)
     inputs = [write_jsonl(tmp_path / "a.jsonl", texts[:70]), write_jsonl(tmp_path / "b.jsonl", texts[70:])]
     config = dataclasses.replace(config, inputs=inputs)
     (one,) = preprocess(config)
     alone = outputs(config)
-    (two,) = preprocess(dataclasses.replace(config, workers=2, overwrite=True))
-    together = outputs(config)
     assert list(alone) == [f"a_text_document{s}" for s in SUFFIXES]
-    assert {k: v for k, v in alone.items() if "manifest" not in k} == {
-        k: v for k, v in together.items() if "manifest" not in k
-    }
-    assert dataclasses.replace(two, created_utc=one.created_utc) == one
+    for workers, shard_mb in ((2, None), (5, 0.1), (2, 0.03), (1, 0.001)):
+        changes = dataclasses.replace(config, workers=workers, shard_mb=shard_mb, overwrite=True)
+        (other,) = preprocess(changes)
+        assert without_manifest(outputs(config)) == without_manifest(alone), (workers, shard_mb)
+        assert dataclasses.replace(other, created_utc=one.created_utc) == one
     assert [(Path(s.path).name, s.documents) for s in one.sources] == [("a.jsonl", 70), ("b.jsonl", 50)]
 
 
 def test_the_manifest_states_what_the_files_hold(config: PreprocessConfig) -> None:
     (manifest,) = preprocess(config)
     files = outputs(config)
-    for suffix, file in manifest.files.items():
+    for suffix, file in (manifest.files | manifest.sidecars).items():
         content = files[f"a_text_document.{suffix}"]
         assert (file.bytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     dataset = IndexedDataset(config.prefixes[0])
@@ -76,15 +79,6 @@ def test_the_manifest_states_what_the_files_hold(config: PreprocessConfig) -> No
     assert manifest.counts.tokens == int(dataset.sequence_lengths.sum())
     assert manifest.counts.text_bytes == sum(len(t.encode()) for t in texts)
     assert manifest == load_manifest(config.prefixes[0])
-
-
-def test_the_chunk_size_does_not_change_the_bytes(config: PreprocessConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    preprocess(config)
-    whole = outputs(config)
-    monkeypatch.setattr(sources.read_chunks, "__kwdefaults__", {"chunk_bytes": 3000})
-    preprocess(dataclasses.replace(config, overwrite=True))
-    assert outputs(config)["a_text_document.bin"] == whole["a_text_document.bin"]
-    assert outputs(config)["a_text_document.idx"] == whole["a_text_document.idx"]
 
 
 def test_without_end_of_document_ids_and_forward(config: PreprocessConfig, tokenizer_folder: Path) -> None:
@@ -176,22 +170,36 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-@pytest.mark.parametrize(("limit", "refused"), [(50_000, "bin"), (400, "idx"), (700, "manifest.json")])
-def test_a_disk_that_is_full_leaves_nothing_and_says_so(
-    config: PreprocessConfig, tmp_path: Path, limit: int, refused: str
+def test_a_disk_that_is_full_is_told_and_the_same_command_goes_on_when_there_is_room(
+    config: PreprocessConfig, tmp_path: Path
 ) -> None:
-    texts = {"bin": english_documents(), "idx": ["a"] * 60, "manifest.json": ["a"] * 10}[refused]
-    path = write_jsonl(tmp_path / "a.jsonl", texts)
-    with (
-        file_size_limit(limit),
-        pytest.raises(OutputError, match=rf"cannot write .*a_text_document.{refused} .*Make room"),
-    ):
-        preprocess(dataclasses.replace(config, inputs=[path]))
-    assert outputs(config) == {}
+    path = write_jsonl(tmp_path / "a.jsonl", ["a"] * 1000)
+    config = dataclasses.replace(config, inputs=[path], shard_mb=0.002)
+    preprocess(config)
+    whole = outputs(config)
+    sizes = {name: len(content) for name, content in whole.items()}
+    assert sizes["a_text_document.idx"] > sizes["a_text_document.bin"] == 4000
+    for limit, refused, is_kept in ((100, "a.shards", False), (3950, "a_text_document.bin", True)):
+        shutil.rmtree(Path(config.output_prefix).parent)
+        with file_size_limit(limit), pytest.raises(OutputError, match=rf"cannot write .*{refused}.* Make room|choose"):
+            preprocess(config)
+        left = {p.name for p in Path(config.output_prefix).parent.iterdir()}
+        assert left == ({"a.shards"} if is_kept else set())
+    preprocess(config)
+    assert without_manifest(outputs(config)) == without_manifest(whole)
 
 
-def test_a_worker_that_is_killed_is_reported_and_leaves_nothing(config: PreprocessConfig, tmp_path: Path) -> None:
+def test_a_full_disk_in_the_middle_of_a_shard_leaves_nothing(config: PreprocessConfig) -> None:
+    with file_size_limit(50_000), pytest.raises(OutputError, match=r"cannot write .*a.shards .*Make room"):
+        preprocess(config)
+    assert list(Path(config.output_prefix).parent.iterdir()) == []
+
+
+def test_a_worker_that_is_killed_is_reported_and_the_same_command_goes_on(
+    config: PreprocessConfig, tmp_path: Path
+) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", code_documents(300))
+    config = dataclasses.replace(config, inputs=[path], workers=2, shard_mb=0.5)
 
     def kill_first_worker() -> None:
         while not (workers := multiprocessing.active_children()):
@@ -201,11 +209,13 @@ def test_a_worker_that_is_killed_is_reported_and_leaves_nothing(config: Preproce
 
     killer = threading.Thread(target=kill_first_worker)
     killer.start()
-    with pytest.raises(InputError, match=r"a worker process died while .* nothing was written. Try fewer --workers"):
-        preprocess(dataclasses.replace(config, inputs=[path], workers=2))
+    with pytest.raises(InputError, match=r"a worker process died while .*same command goes on"):
+        preprocess(config)
     killer.join()
-    assert outputs(config) == {}
     assert multiprocessing.active_children() == []
+    assert {p.name for p in Path(config.output_prefix).parent.iterdir()} <= {"a.shards"}
+    (manifest,) = preprocess(config)
+    assert manifest.counts.documents == 300
 
 
 def test_bytes_are_those_of_megatrons_tool_for_the_same_text(config: PreprocessConfig, tmp_path: Path) -> None:

@@ -1,0 +1,211 @@
+"""What a worker does with a shard: read, tokenise, reverse, write.
+
+    slice -> batch of records -> ids (natural) -> stored ids -> .bin    ids, as they shall stand in the dataset
+                |                                            -> .len    int32, ids per document
+                |                                            -> .crc    uint32, CRC-32 of each document's bytes
+                |                                            -> .sent   uint32, ids per sentence, where these are turned
+                '- what became no document ------------------> .skip   JSON lines: [slice, row in it, why]
+
+No ids travel between processes. Memory: a megabyte of text at a time, whatever the shard holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from zlib import crc32
+
+import numpy as np
+
+from megatron_ledom.data.backends import Encoder, ReferenceEncoder, first_difference
+from megatron_ledom.data.files import write_refusal
+from megatron_ledom.data.records import Batch
+from megatron_ledom.data.sentences import SentenceSplitter
+from megatron_ledom.data.shards import HashedPart, KeyRecord, ShardRecord, WorkFolder
+from megatron_ledom.data.sources import Slice, Source, read_slice, rows_before
+from megatron_ledom.data.tokenizers import Tokenizer
+from megatron_ledom.data.workers import Report
+from megatron_ledom.direction import Direction, flip, flip_groups, stored_batch, stored_document
+from megatron_ledom.errors import InputError, TokenizerMismatchError
+
+_COMPARED_CHARS = 8192  # the size of the document of each shard that is compared with the reference
+
+
+@dataclass(kw_only=True)
+class EncodeTask:
+    """Makes shards of one plan; called in the workers.
+
+    Attributes:
+        sources: the input files.
+        shards: the slices of each shard.
+        json_keys: the fields to make a dataset of.
+        text_unit: what a document of a text file is.
+        direction: of the dataset.
+        splitter: where sentences end, if these are turned instead of tokens.
+        append_eod: whether documents are closed.
+        dtype: of the ids on disk.
+        max_bad_records: bad records are passed over up to this number; None stops at the first one.
+        folder: where shards go.
+        tokenizer: the reference.
+        encoder: the fastest exact library.
+        num_bytes: of all sources together, for progress.
+        wait: wait for shards that another process is making.
+    """
+
+    sources: Sequence[Source]
+    shards: Sequence[Sequence[Slice]]
+    json_keys: Sequence[str]
+    text_unit: str
+    direction: Direction
+    splitter: SentenceSplitter | None
+    append_eod: bool
+    dtype: np.dtype
+    max_bad_records: int | None
+    folder: WorkFolder
+    tokenizer: Tokenizer
+    encoder: Encoder
+    num_bytes: int
+    wait: bool = False
+
+    def __call__(self, shard: int, report: Report) -> int:
+        """Make a shard, unless it is finished or another process makes it; return the bad records in it.
+
+        Raises:
+            InputError: an input cannot be read or a record is bad.
+            OutputError: the file system takes no more.
+            TokenizerMismatchError: the fast library departs from the reference.
+        """
+        with self.folder.lock(f"{shard:06d}", wait=self.wait) as is_ours:
+            if not is_ours or (found := self.folder.record(shard)) is not None:
+                report(self.num_bytes // len(self.shards))
+                return found.bad if is_ours and found is not None else 0
+            record = _ShardMaker(self, shard).make(report)
+            self.folder.finish(shard, record)
+            return record.bad
+
+
+class _ShardMaker:
+    """One shard in the making."""
+
+    def __init__(self, task: EncodeTask, shard: int) -> None:
+        self._task, self._shard = task, shard
+        num_slices = len(task.shards[shard])
+        self._record = ShardRecord(
+            rows=[0] * num_slices,
+            bad=0,
+            backend=task.encoder.name,
+            keys=[KeyRecord(documents=[0] * num_slices) for _ in task.json_keys],
+        )
+        self._is_compared = isinstance(task.encoder, ReferenceEncoder)
+        self._eod = task.tokenizer.eod_id if task.append_eod else None
+        self._files: list[dict[str, HashedPart]] = []
+
+    def make(self, report: Report) -> ShardRecord:
+        task = self._task
+        suffixes = ["bin", "len", "crc", "skip", *(["sent"] if task.splitter else [])]
+        with ExitStack() as stack:
+            try:
+                for key in range(len(task.json_keys)):
+                    files = {}
+                    for suffix in suffixes:
+                        path = task.folder.temporary(task.folder.file(self._shard, key, suffix))
+                        files[suffix] = HashedPart(path)
+                        stack.callback(files[suffix].discard)
+                    self._files.append(files)
+                for number, part in enumerate(task.shards[self._shard]):
+                    source = task.sources[part.source]
+                    for batch in read_slice(source, part, task.json_keys, task.text_unit):
+                        self._add(number, part, batch)
+                        report(batch.input_bytes)
+                for files, key_record in zip(self._files, self._record.keys, strict=True):
+                    key_record.files = {suffix: file.close() for suffix, file in files.items()}
+            except OSError as error:
+                raise write_refusal(task.folder.path, 0, error) from error
+            stack.pop_all()
+        return self._record
+
+    def _add(self, number: int, part: Slice, batch: Batch) -> None:
+        self._record.rows[number] = batch.last_row
+        if batch.bad:
+            self._note_bad(part, batch)
+        skipped = [(row, "blank") for row in batch.blank] + [(row, f"bad: {why}") for row, why in batch.bad]
+        for key in range(len(self._files)):
+            empty = self._add_texts(number, part, key, batch)
+            left_out = skipped + [(batch.rows[i], "empty") for i in empty]
+            if left_out:
+                lines = [json.dumps([number, row, why], separators=(",", ":")) + "\n" for row, why in sorted(left_out)]
+                self._files[key]["skip"].write("".join(lines).encode("ascii"))
+
+    def _note_bad(self, part: Slice, batch: Batch) -> None:
+        self._record.bad += len(batch.bad)
+        limit = self._task.max_bad_records
+        if limit is None or self._record.bad > limit:
+            row, why = batch.bad[0]
+            more = "" if limit is None else f" (and more than --max-bad-records {limit} are bad)"
+            raise InputError(f"{self._place(part, row)}: {why}{more}")
+
+    def _place(self, part: Slice, row: int) -> str:
+        source = self._task.sources[part.source]
+        return f"{source.path}:{rows_before(source, part) + row}"
+
+    def _add_texts(self, number: int, part: Slice, key: int, batch: Batch) -> list[int]:
+        """Write the documents of one key; return the places in the batch of those without a token."""
+        task, record, files, texts = self._task, self._record.keys[key], self._files[key], batch.texts[key]
+        if not texts:
+            return []
+        if task.splitter is None:
+            natural = task.encoder.encode_batch(texts)
+            kept = [ids for ids in natural if len(ids)]
+            flat = stored_batch(kept, task.direction, self._eod)
+            self._compare(texts[0], natural[0], part, batch)
+        else:
+            natural, flat = self._encode_sentences(task.splitter, texts, files["sent"])
+            kept = [ids for ids in natural if len(ids)]
+        if len(flat) and (highest := int(flat.max())) > np.iinfo(task.dtype).max:
+            raise InputError(
+                f"{self._place(part, batch.rows[0])} and after: the tokenizer gave id {highest}, which does not "
+                f"fit {task.dtype.name}, the type for its vocabulary of {task.tokenizer.vocab_size}"
+            )
+        lengths = np.fromiter(map(len, kept), dtype=np.int32, count=len(kept)) + np.int32(self._eod is not None)
+        record.eod_in_text += int(np.count_nonzero(flat == task.tokenizer.eod_id))
+        record.eod_in_text -= len(kept) if self._eod is not None else 0
+        record.documents[number] += len(kept)
+        record.tokens += len(flat)
+        record.empty_documents += len(texts) - len(kept)
+        record.text_bytes += sum(len(t) if t.isascii() else len(t.encode("utf-8")) for t in texts)
+        view = memoryview(flat.astype(task.dtype)).cast("B")
+        ends = (np.cumsum(lengths, dtype=np.int64) * task.dtype.itemsize).tolist()
+        crcs = [crc32(view[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+        files["bin"].write(view)
+        files["len"].write(lengths)
+        files["crc"].write(np.array(crcs, dtype="<u4"))
+        return [] if len(kept) == len(texts) else [i for i, ids in enumerate(natural) if not len(ids)]
+
+    def _compare(self, text: str, ids: np.ndarray, part: Slice, batch: Batch) -> None:
+        """Once a shard, compare a document with the reference: the fast library must never depart from it."""
+        task = self._task
+        if self._is_compared or len(text) > _COMPARED_CHARS or not text:
+            return
+        self._is_compared = True
+        if not np.array_equal(ids, task.tokenizer.encode(text)):
+            why = first_difference(task.tokenizer, task.encoder, [text])
+            raise TokenizerMismatchError(
+                f"{self._place(part, batch.rows[0])}: {task.encoder.name} gave wrong ids ({why}). Remove "
+                f"{task.folder.path} and use --tokenizer-backend {task.tokenizer.library}"
+            )
+
+    def _encode_sentences(
+        self, splitter: SentenceSplitter, texts: list[str], file: HashedPart
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return the ids of each text in natural order, and the stored ids of all; write the sizes of sentences."""
+        natural, stored = [], []
+        for text in texts:
+            ids, starts = self._task.tokenizer.encode_with_starts(text)
+            natural.append(ids)
+            if len(ids):
+                counts = splitter.token_counts(text, starts)
+                stored.append(stored_document(flip_groups(ids, counts), Direction.FORWARD, self._eod))
+                file.write(flip(counts).astype("<u4"))
+        return natural, np.concatenate(stored) if stored else np.empty(0, dtype=np.int32)
