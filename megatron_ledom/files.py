@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,16 +23,15 @@ from megatron_ledom.errors import OutputError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a file system says when it takes no more: no space, no quota, a limit on the size of a file."""
 _BLOCK_BYTES = 8 * 2**20
-_HASH_ASIDE_BYTES = 2**20  # below this, handing the bytes to a thread costs more than hashing them
+_LARGE_BYTES = 2**20  # smaller buffers are copied for the thread that hashes
 _SYNC_EVERY_BYTES = 2**27  # often enough that the disk never waits, and that little is left to do at the end
 
 
 class HashingFile:
     """A new file whose SHA-256 is known when it is finished.
 
-    Writing and hashing of one buffer go on at the same time in two threads, so that a large
-    write takes as long as the slower of the two, and the buffer is free when `write` returns.
-    A third one forces to disk what was written before, so that `finish` has little to wait for.
+    Writing, hashing, and forcing to disk what was written before go on at the same time, in
+    three threads, so that `finish` has little to wait for.
 
     Args:
         path: must not exist.
@@ -43,7 +43,9 @@ class HashingFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._hash = hashlib.sha256()
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="hash-and-sync")
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")  # in the order in which it is told
+        self._hashing: deque[Future[None]] = deque()
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._syncing: Future[None] | None = None
         self._unsynced_bytes = 0
         try:
@@ -51,24 +53,31 @@ class HashingFile:
         except OSError as error:
             raise _refusal(path, 0, error) from error
 
-    def write(self, data: Any) -> int:
-        """Append a buffer; return its length in bytes."""
+    def write(self, data: Any, *, owner: Any = None) -> int:
+        """Append a buffer; return its length in bytes.
+
+        Args:
+            data: any buffer.
+            owner: keeps the memory of `data` as it is while somebody refers to it; then hashing may go on
+                after the return, one large buffer behind. Without it the buffer is free on return.
+        """
         view = memoryview(data).cast("B")
-        aside = self._threads.submit(self._hash.update, view) if view.nbytes >= _HASH_ASIDE_BYTES else None
+        is_large = view.nbytes >= _LARGE_BYTES
+        hashing = self._hasher.submit(_update, self._hash, view if is_large else bytes(view), owner)
         try:
             self._file.write(view)
         except OSError as error:
             raise _refusal(self.path, self._file.tell(), error) from error
         finally:
-            if aside is None:
-                self._hash.update(view)
-            else:
-                aside.result()
+            if is_large:
+                self._hashing.append(hashing)
+            while len(self._hashing) > (0 if owner is None else 1):
+                self._hashing.popleft().result()
         self._unsynced_bytes += view.nbytes
         if self._unsynced_bytes >= _SYNC_EVERY_BYTES and (self._syncing is None or self._syncing.done()):
             self._wait_for_sync()
             self.flush()
-            self._syncing, self._unsynced_bytes = self._threads.submit(os.fdatasync, self._file.fileno()), 0
+            self._syncing, self._unsynced_bytes = self._syncer.submit(os.fdatasync, self._file.fileno()), 0
         return view.nbytes
 
     def tell(self) -> int:
@@ -95,7 +104,8 @@ class HashingFile:
 
     def abandon(self) -> None:
         """Close the file as it is."""
-        self._threads.shutdown()
+        self._hasher.shutdown()
+        self._syncer.shutdown()
         with contextlib.suppress(OSError):  # what could not be flushed is not wanted any more
             self._file.close()
 
@@ -107,6 +117,11 @@ class HashingFile:
         except OSError as error:
             raise _refusal(self.path, self._file.tell(), error) from error
         self._syncing = None
+
+
+def _update(digest: Any, data: memoryview | bytes, owner: Any) -> None:
+    """Hash `data`; `owner` is only held."""
+    digest.update(data)
 
 
 def one_ahead[T](source: Iterator[T]) -> Iterator[T]:

@@ -53,6 +53,19 @@ class _Tensor:
         return sum(math.prod(sizes) for _, sizes in self.chunks)
 
 
+class _Owned:
+    """A file to which torch writes the memory of `value`, which stays as it is."""
+
+    def __init__(self, file: HashingFile, value: Any) -> None:
+        self._file, self._value = file, value
+
+    def write(self, data: Any) -> int:
+        return self._file.write(data, owner=self._value)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 class CheckpointWriter:
     """Writes one checkpoint folder; used as a context manager, which seals the folder if its block succeeds.
 
@@ -131,7 +144,7 @@ class CheckpointWriter:
         if self._file is None:
             self._file = HashingFile(self.folder / f"__0_{len(self.hashes)}.distcp")
         start = self._file.tell()
-        torch.save(value, self._file)
+        torch.save(value, _Owned(self._file, value))
         return self._file.path.name, start, self._file.tell() - start
 
     def _finish_file(self) -> None:

@@ -173,7 +173,7 @@ class ShardWriter:
             self._file = HashingFile(self._folder / shard.file_name)
             self._file.write(header_bytes(shard, self._plan.dtype))
         assert self._file is not None
-        self._file.write(_raw_bytes(tensor))
+        self._file.write(_raw_bytes(tensor), owner=tensor)
         self._position += 1
 
     def _finish_file(self) -> None:
