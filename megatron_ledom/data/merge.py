@@ -293,11 +293,11 @@ class _Merge:
         for key in range(len(self._prefixes)):
             document = offset = sentence_offset = 0
             for shard, record in enumerate(self._records):
-                found = record.keys[key]
-                places.append(_Place(key, shard, document, offset, sentence_offset, found))
-                document += sum(found.documents)
-                offset += found.files["bin"].bytes
-                sentence_offset += found.files["sent"].bytes if "sent" in found.files else 0
+                part = record.keys[key]
+                places.append(_Place(key, shard, document, offset, sentence_offset, part))
+                document += sum(part.documents)
+                offset += part.files["bin"].bytes
+                sentence_offset += part.files["sent"].bytes if "sent" in part.files else 0
             num_documents.append(document)
         task = _CopyTask(self._work, {name: f.partial for name, f in staged.items()}, num_documents, self._dtype)
 
