@@ -1,9 +1,9 @@
 """Claim: preprocessing, whole runs, reaches 0.6 of bare gigatoken and 0.9 of bare `tokenizers` on the same cores.
 
 Whole run: start of Python, loading, checking the library against the reference, reading, tokenising, reversing,
-hashing, writing, joining, forced to disk. Bare: the library alone, in this way the limit: gigatoken reads and parses the JSONL
-by itself with all threads and keeps the ids in memory; `tokenizers` gets texts that are in memory (encode_batch_fast,
-all threads). Neither writes, and what they import and load is not counted.
+hashing, writing, joining, forced to disk. Bare: the library alone, in this way the limit: gigatoken reads and parses
+the JSONL by itself with all threads and keeps the ids in memory; `tokenizers` gets texts that are in memory
+(encode_batch_fast, all threads). Neither writes, and what they import and load is not counted.
 
 The contestants run in turn, several times, so that what else the machine does meets all of them. Beside the wall time
 stands the CPU time, which other jobs change less. Peers are measured where their checkout is given (--megatron-lm).
@@ -143,9 +143,8 @@ def main() -> int:
     def note(name: str, run: Run | dict[str, float]) -> None:
         found = run if isinstance(run, dict) else {"wall_s": run.wall_s, "cpu_s": run.cpu_s}
         times.setdefault(name, []).append(found)
-        say(
-            f"{name:<28} {found['wall_s']:6.2f} s wall, {found['cpu_s']:6.2f} s CPU, {text_mb / found['wall_s']:6.1f} MB/s"
-        )
+        rate = text_mb / found["wall_s"]
+        say(f"{name:<28} {found['wall_s']:6.2f} s wall, {found['cpu_s']:6.2f} s CPU, {rate:6.1f} MB/s")
 
     for _ in range(args.repeats):
         for library in args.libraries:
