@@ -6,7 +6,7 @@
                 |                                            -> .sent   uint32, ids per sentence, where these are turned
                 '- what became no document ------------------> .skip   JSON lines: [slice, row in it, why]
 
-No ids travel between processes. Memory: a megabyte of text at a time, whatever the shard holds.
+No ids travel between processes. Memory: `BLOCK_BYTES` of text at a time, or a document, whatever the shard holds.
 """
 
 from __future__ import annotations
