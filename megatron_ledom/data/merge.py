@@ -265,10 +265,15 @@ class _Merge:
     def _check_counts(self) -> None:
         bad = sum(record.bad for record in self._records)
         limit = self._plan["max_bad_records"]
+        if limit is None and bad:  # passed over by an earlier command that allowed it
+            raise InputError(
+                f"{bad:,} records are bad (listed in the .skip files of {self._work.path}): mend the corpus, or pass "
+                "--on-bad-record skip"
+            )
         if limit is not None and bad > limit:
             raise InputError(
                 f"{bad:,} records are bad, more than --max-bad-records {limit:,}; they are listed in the .skip files "
-                f"of {self._work.path}. Mend the corpus, or allow more (with --overwrite)"
+                f"of {self._work.path}. Mend the corpus, or allow more"
             )
         for key, name in enumerate(self._plan["json_keys"]):
             if not sum(sum(record.keys[key].documents) for record in self._records):

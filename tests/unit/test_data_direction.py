@@ -126,7 +126,10 @@ def test_a_batch_is_its_documents_one_after_the_other(
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), max_size=6))
 def test_groups_are_turned_and_what_is_in_them_is_not(groups: list[list[int]]) -> None:
-    ids, sizes = np.array(sum(groups, []), dtype=np.int32), np.array([len(g) for g in groups], dtype=np.int32)
+    ids, sizes = (
+        np.array([i for g in groups for i in g], dtype=np.int32),
+        np.array([len(g) for g in groups], dtype=np.int32),
+    )
     turned = flip_groups(ids, sizes)
-    assert turned.tolist() == sum(reversed(groups), [])
+    assert turned.tolist() == [i for g in reversed(groups) for i in g]
     assert flip_groups(turned, flip(sizes)).tolist() == ids.tolist()
