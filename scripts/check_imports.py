@@ -5,6 +5,7 @@ import importlib
 MODULES = (
     *("torch", "transformers", "tokenizers", "safetensors.torch", "sentencepiece", "tensorboard", "matplotlib"),
     *("megatron.core.datasets.helpers_cpp", "megatron.training", "megatron_ledom", "pytest", "hypothesis"),
+    *("gigatoken", "orjson", "zstandard", "pyarrow.parquet", "nltk.tokenize.punkt"),
 )
 
 if __name__ == "__main__":

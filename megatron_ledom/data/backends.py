@@ -22,7 +22,7 @@ from megatron_ledom.log import get_logger
 
 FAST = "gigatoken"
 BACKENDS = ("auto", FAST, "tokenizers", "sentencepiece")
-_CACHE_BYTES = 192 << 20  # a worker's tokenizer may remember this much of what it has seen
+_CACHE_BYTES = 144 << 20  # a worker's tokenizer may remember this much of what it has seen
 _MAX_SPECIAL = 400
 _MAX_AVOIDED = 16  # each costs a search of every text
 # Ranges whose characters libraries have been seen to treat differently; see `_mixed_texts`.

@@ -6,7 +6,7 @@
                 |                                            -> .sent   uint32, ids per sentence, where these are turned
                 '- what became no document ------------------> .skip   JSON lines: [slice, row in it, why]
 
-No ids travel between processes. Memory: a megabyte of text at a time, whatever the shard holds.
+No ids travel between processes. Memory: `BLOCK_BYTES` of text at a time, or a document, whatever the shard holds.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class EncodeTask:
     num_bytes: int
     wait: bool = False
 
-    def __call__(self, shard: int, report: Report) -> int:
-        """Make a shard, unless it is finished or another process makes it; return the bad records in it.
+    def __call__(self, shard: int, report: Report) -> tuple[bool, int]:
+        """Make a shard, unless it is finished or another process makes it; return whether, and its bad records.
 
         Raises:
             InputError: an input cannot be read or a record is bad.
@@ -80,10 +80,10 @@ class EncodeTask:
         with self.folder.lock(f"{shard:06d}", wait=self.wait) as is_ours:
             if not is_ours or (found := self.folder.record(shard)) is not None:
                 report(self.num_bytes // len(self.shards))
-                return found.bad if is_ours and found is not None else 0
+                return False, found.bad if is_ours and found is not None else 0
             record = _ShardMaker(self, shard).make(report)
             self.folder.finish(shard, record)
-            return record.bad
+            return True, record.bad
 
 
 class _ShardMaker:

@@ -138,6 +138,20 @@ def write_at(descriptor: int, data: Any, offset: int) -> int:
     return offset
 
 
+def copy_at(source: int, target: int, offset: int, num_bytes: int) -> bool:
+    """Let the kernel copy the first `num_bytes` of an open file to a place of another; False where it cannot."""
+    done = 0
+    try:
+        while done < num_bytes:
+            copied = os.copy_file_range(source, target, num_bytes - done, done, offset + done)
+            if copied == 0:
+                return False
+            done += copied
+    except OSError:  # other file systems, or no room: writing the ordinary way works, or tells
+        return False
+    return True
+
+
 def write_refusal(path: Path, num_bytes: int, error: OSError) -> OutputError:
     """What to raise where the file system takes no more of an output."""
     return OutputError(

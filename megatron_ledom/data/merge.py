@@ -11,7 +11,7 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ledom import __version__
-from megatron_ledom.data.files import HashedFile, StagedFile, WrittenFile, write_at, write_refusal
+from megatron_ledom.data.files import HashedFile, StagedFile, WrittenFile, copy_at, write_at, write_refusal
 from megatron_ledom.data.indexed import index_bytes, write_index_header, write_index_part
 from megatron_ledom.data.manifest import (
     Counts,
@@ -68,13 +68,14 @@ def finish_publishing(work: WorkFolder, prefixes: Sequence[str]) -> list[Manifes
     return manifests
 
 
-def merge_shards(output_prefix: str, *, workers: int, overwrite: bool) -> list[Manifest]:
+def merge_shards(output_prefix: str, *, workers: int, overwrite: bool, trusted: Collection[int] = ()) -> list[Manifest]:
     """Join the finished shards in `PREFIX.shards/`, publish the datasets and remove the folder.
 
     Args:
         output_prefix: as for preprocessing.
         workers: processes that copy and hash.
         overwrite: replace datasets of the same name.
+        trusted: shards that this run has just made, so that they need not be compared with their hashes.
 
     Returns:
         The manifests, in the order of the keys.
@@ -98,7 +99,7 @@ def merge_shards(output_prefix: str, *, workers: int, overwrite: bool) -> list[M
             return [load_manifest(prefix) for prefix in prefixes]
         if not overwrite and not work.is_publishing:
             check_not_there(prefixes)
-        return _Merge(work, plan, prefixes, workers).run()
+        return _Merge(work, plan, prefixes, workers, trusted).run()
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class _CopyTask:
     partials: dict[tuple[int, str], Path]
     num_documents: list[int]
     dtype: np.dtype
+    trusted: frozenset[int]
 
     def __call__(self, item: _Place | _Whole | Path, report: Report) -> WrittenFile | None:
         if isinstance(item, Path):
@@ -181,6 +183,10 @@ class _CopyTask:
         if not path.exists():
             self._check(item.shard, path, WrittenFile(0, ""), expected)
         with path.open("rb", buffering=0) as source, target.open("r+b", buffering=0) as file:
+            if item.shard in self.trusted and copy_at(source.fileno(), file.fileno(), offset, expected.bytes):
+                os.posix_fadvise(file.fileno(), start, expected.bytes, os.POSIX_FADV_DONTNEED)
+                report(expected.bytes)
+                return
             while data := source.read(_BLOCK_BYTES):
                 digest.update(data)
                 try:
@@ -202,8 +208,11 @@ class _CopyTask:
 
 
 class _Merge:
-    def __init__(self, work: WorkFolder, plan: dict[str, Any], prefixes: list[str], workers: int) -> None:
+    def __init__(
+        self, work: WorkFolder, plan: dict[str, Any], prefixes: list[str], workers: int, trusted: Collection[int]
+    ) -> None:
         self._work, self._plan, self._prefixes, self._workers = work, plan, prefixes, workers
+        self._trusted = frozenset(trusted)
         self._dtype = np.dtype(plan["dtype"])
         self._records = self._load_records()
 
@@ -256,10 +265,15 @@ class _Merge:
     def _check_counts(self) -> None:
         bad = sum(record.bad for record in self._records)
         limit = self._plan["max_bad_records"]
+        if limit is None and bad:  # passed over by an earlier command that allowed it
+            raise InputError(
+                f"{bad:,} records are bad (listed in the .skip files of {self._work.path}): mend the corpus, or pass "
+                "--on-bad-record skip"
+            )
         if limit is not None and bad > limit:
             raise InputError(
                 f"{bad:,} records are bad, more than --max-bad-records {limit:,}; they are listed in the .skip files "
-                f"of {self._work.path}. Mend the corpus, or allow more (with --overwrite)"
+                f"of {self._work.path}. Mend the corpus, or allow more"
             )
         for key, name in enumerate(self._plan["json_keys"]):
             if not sum(sum(record.keys[key].documents) for record in self._records):
@@ -293,13 +307,15 @@ class _Merge:
         for key in range(len(self._prefixes)):
             document = offset = sentence_offset = 0
             for shard, record in enumerate(self._records):
-                found = record.keys[key]
-                places.append(_Place(key, shard, document, offset, sentence_offset, found))
-                document += sum(found.documents)
-                offset += found.files["bin"].bytes
-                sentence_offset += found.files["sent"].bytes if "sent" in found.files else 0
+                part = record.keys[key]
+                places.append(_Place(key, shard, document, offset, sentence_offset, part))
+                document += sum(part.documents)
+                offset += part.files["bin"].bytes
+                sentence_offset += part.files["sent"].bytes if "sent" in part.files else 0
             num_documents.append(document)
-        task = _CopyTask(self._work, {name: f.partial for name, f in staged.items()}, num_documents, self._dtype)
+        task = _CopyTask(
+            self._work, {name: f.partial for name, f in staged.items()}, num_documents, self._dtype, self._trusted
+        )
 
         def on_report(num_bytes: int) -> None:
             progress.update(num_bytes / 1e6)

@@ -138,10 +138,10 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
         num_bytes=sum(source.num_bytes for source in sources),
     )
     try:
-        _make_shards(config, task)
+        made = _make_shards(config, task)
         if config.shard_index is not None:
             return []
-        manifests = merge_shards(config.output_prefix, workers=config.workers, overwrite=config.overwrite)
+        manifests = merge_shards(config.output_prefix, workers=config.workers, overwrite=config.overwrite, trusted=made)
     except BaseException:
         _keep_or_remove(work, len(shards))
         raise
@@ -259,17 +259,21 @@ def _head(config: PreprocessConfig, sources: Sequence[Source], shard: Sequence[S
                         return
 
 
-def _make_shards(config: PreprocessConfig, task: EncodeTask) -> None:
-    """Make the shards that are not finished, or this run's share of them; then those that others left."""
+def _make_shards(config: PreprocessConfig, task: EncodeTask) -> set[int]:
+    """Make the shards that are not finished, or this run's share of them; then those that others left.
+
+    Returns the shards that were made here.
+    """
     chosen = range(len(task.shards))[config.shard_index or 0 :: config.num_shards or 1]
     todo = [shard for shard in chosen if not task.folder.is_finished(shard)]
     if len(todo) < len(chosen):
         get_logger(__name__).info("%d of %d shards are finished already", len(chosen) - len(todo), len(chosen))
     progress = Progress("tokenise", task.num_bytes * len(todo) / len(task.shards) / 1e6, "MB")
+    made: set[int] = set()
     bad, limit = 0, task.max_bad_records
     for is_second_pass in (False, True):
         task.wait = is_second_pass
-        for _, found in run_parallel(
+        for shard, (is_made, found) in run_parallel(
             task,
             todo,
             config.workers,
@@ -277,6 +281,7 @@ def _make_shards(config: PreprocessConfig, task: EncodeTask) -> None:
             doing="documents were tokenised",
         ):
             bad += found
+            made |= {shard} if is_made else set()
             if limit is not None and bad > limit:
                 raise InputError(
                     f"{bad:,} records are bad so far, more than --max-bad-records {limit:,}; they are listed in the "
@@ -289,6 +294,7 @@ def _make_shards(config: PreprocessConfig, task: EncodeTask) -> None:
             break
         get_logger(__name__).info("waiting for %d shards that another process is making", len(todo))
     progress.close()
+    return made
 
 
 def _keep_or_remove(work: WorkFolder, num_shards: int) -> None:

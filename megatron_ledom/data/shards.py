@@ -30,6 +30,8 @@ from typing import Any
 from megatron_ledom.data.files import WrittenFile, write_refusal
 from megatron_ledom.errors import InputError, OutputError, OutputExistsError
 
+CHANGEABLE = {"max_bad_records"}  # parts of a plan that change no finished shard
+
 
 @dataclass
 class KeyRecord:
@@ -76,10 +78,12 @@ class WorkFolder:
             OutputError: it cannot be made.
         """
         text = json.dumps(plan, indent=1)
-        found = self.plan()
-        if found is not None and found != json.loads(text):
+        found, asked = self.plan(), json.loads(text)
+        differing = [] if found is None else [name for name in asked if found.get(name) != asked[name]]
+        if differing and set(differing) <= CHANGEABLE:
+            self._replace_plan(text)
+        elif differing:
             if not start_over:
-                differing = [name for name in plan if found.get(name) != json.loads(text)[name]]
                 raise OutputExistsError(
                     f"{self.path} holds unfinished work of another command ({', '.join(differing)} differ). Give that "
                     "command again to go on, pass --overwrite to start over, or choose another --output-prefix"
@@ -96,8 +100,13 @@ class WorkFolder:
             if not (self.path / "plan.json").exists():
                 shutil.rmtree(self.path, ignore_errors=True)
             raise OutputError(f"cannot write {self.path}: {error.strerror}; choose another --output-prefix") from error
-        if self.plan() != json.loads(text):
+        if self.plan() != asked:
             raise OutputExistsError(f"{self.path} was made for another command at this moment; see its plan.json")
+
+    def _replace_plan(self, text: str) -> None:
+        path = self.path / "plan.json"
+        self.temporary(path).write_text(text, encoding="utf-8")
+        self.temporary(path).replace(path)
 
     def plan(self) -> dict[str, Any] | None:
         """Return the plan, or None where there is no folder."""

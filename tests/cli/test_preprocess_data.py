@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ledom.data.dataset import check_datasets
 from megatron_ledom.data.tokenizers import load_tokenizer
 from megatron_ledom.direction import Direction, natural_document, stored_document
-from megatron_ledom.testing import code_documents, run_tool, write_jsonl
+from megatron_ledom.testing import REPOSITORY, code_documents, run_tool, tool_environment, write_jsonl
 
 NUM_DOCUMENTS = 1000
 
@@ -133,3 +138,31 @@ def test_help_names_megatrons_flags() -> None:
     for flag in ("--input", "--json-keys", "--tokenizer-type", "--tokenizer-model", "--output-prefix", "--append-eod"):
         assert flag in done.stdout
     assert run_tool("preprocess_data.py", "--direction", "sideways").returncode == 2
+
+
+def peak_rss_mb(arguments: list[object]) -> float:
+    """The largest sum of the resident sets of the tool's process tree."""
+    command = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), *map(str, arguments)]
+    process = subprocess.Popen(command, env=tool_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    root, peak = psutil.Process(process.pid), 0
+    while process.poll() is None:
+        total = 0
+        for each in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += each.memory_info().rss
+        peak = max(peak, total)
+        time.sleep(0.01)
+    assert process.returncode == 0
+    return peak / 2**20
+
+
+def test_memory_does_not_grow_with_the_number_of_documents(tokenizer_folder: Path, tmp_path: Path) -> None:
+    words = " ".join(code_documents(40)).split()
+    texts = [" ".join(words[i : i + 6]) for i in range(0, 60_000, 6)]
+    peaks = []
+    for times in (30, 90):  # 3 * 10^5 and 9 * 10^5 documents: both fill the workers' buffers
+        path = write_jsonl(tmp_path / f"{times}.jsonl", texts * times)
+        arguments = flags(tokenizer_folder, path, tmp_path / f"out{times}", "--workers", 2)
+        peaks.append(peak_rss_mb(arguments))
+    assert peaks[1] < 1.1 * peaks[0], peaks  # 6 * 10^5 documents as Python ints and strings would be 50 MB and more
+    assert peaks[1] < 500, peaks

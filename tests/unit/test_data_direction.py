@@ -17,7 +17,9 @@ from megatron_ledom.direction import (
     condition,
     describe_direction,
     flip,
+    flip_groups,
     natural_document,
+    stored_batch,
     stored_document,
     to_model_order,
     to_natural_order,
@@ -111,3 +113,23 @@ def test_the_examples_in_the_docstrings_hold() -> None:
     result = doctest.testmod(direction_module)
     assert result.attempted >= 4
     assert result.failed == 0
+
+
+@given(st.lists(ids_lists, max_size=8), directions, st.sampled_from([None, 0]))
+def test_a_batch_is_its_documents_one_after_the_other(
+    documents: list[list[int]], direction: Direction, eod_id: int | None
+) -> None:
+    arrays = [np.array(ids, dtype=np.uint32) for ids in documents]
+    expected = [i for ids in arrays for i in stored_document(ids, direction, eod_id).tolist()]
+    assert stored_batch(arrays, direction, eod_id).tolist() == expected
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), max_size=6))
+def test_groups_are_turned_and_what_is_in_them_is_not(groups: list[list[int]]) -> None:
+    ids, sizes = (
+        np.array([i for g in groups for i in g], dtype=np.int32),
+        np.array([len(g) for g in groups], dtype=np.int32),
+    )
+    turned = flip_groups(ids, sizes)
+    assert turned.tolist() == [i for g in reversed(groups) for i in g]
+    assert flip_groups(turned, flip(sizes)).tolist() == ids.tolist()

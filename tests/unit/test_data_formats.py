@@ -161,6 +161,25 @@ def test_a_bad_record_stops_the_run_with_file_and_line_or_is_listed(
     assert last.origin == f"{path}, row {number + 5}"
 
 
+def test_what_a_bad_record_does_may_be_changed_without_doing_the_rest_again(
+    config: PreprocessConfig, tmp_path: Path
+) -> None:
+    path, number = bad_corpus(tmp_path)
+    config = dataclasses.replace(config, inputs=[path], shard_mb=0.05)
+    with pytest.raises(InputError, match=f"bad.jsonl:{number}: "):
+        preprocess(config)
+    records = sorted((tmp_path / "out" / "x.shards").glob("0*.json"))
+    before = [(p.name, p.stat().st_mtime_ns) for p in records]
+    assert len(before) > 5
+    skip = dataclasses.replace(config, on_bad_record="skip", num_shards=1, shard_index=0)
+    assert preprocess(skip) == []
+    assert [(p.name, p.stat().st_mtime_ns) for p in records] == before
+    with pytest.raises(InputError, match=r"2 records are bad .* pass --on-bad-record skip"):
+        preprocess(config)
+    preprocess(dataclasses.replace(config, on_bad_record="skip", max_bad_records=2))
+    assert load_manifest(config.prefixes[0]).counts.bad_records == 2
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_more_bad_records_than_allowed_stop_the_run(config: PreprocessConfig, tmp_path: Path, workers: int) -> None:
     path, number = bad_corpus(tmp_path)
