@@ -12,14 +12,11 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-from measuring import say, write_record
+from measuring import run_measured, say, write_record
 
 from megatron_ledom.testing import REPOSITORY, english_documents, tool_environment
 
@@ -42,33 +39,12 @@ def write_corpus(path: Path, num_documents: int, seed: int) -> Path:
     return path
 
 
-def tree_rss_bytes(root: psutil.Process) -> int:
-    """The resident sets of a process and all below it, together."""
-    total = 0
-    for process in [root, *root.children(recursive=True)]:
-        try:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return total
-
-
 def run_sampled(tool: str, *arguments: object) -> dict[str, Any]:
     """Run a tool; return its time and the memory of its process tree."""
-    command = [sys.executable, str(REPOSITORY / "tools" / tool), *map(str, arguments)]
-    started = time.monotonic()
-    process = subprocess.Popen(command, env=tool_environment(), stdout=subprocess.DEVNULL)
-    root, samples = psutil.Process(process.pid), []
-    while process.poll() is None:
-        try:
-            samples.append(tree_rss_bytes(root))
-        except psutil.NoSuchProcess:
-            break
-        time.sleep(0.05)
-    if process.wait():
-        raise RuntimeError(f"{tool} ended with status {process.returncode}")
+    run = run_measured([sys.executable, str(REPOSITORY / "tools" / tool), *map(str, arguments)], tool_environment())
+    samples = run.tree_bytes
     tenths = [round(max(samples[len(samples) * i // 10 :][: max(1, len(samples) // 10)]) / 2**20) for i in range(10)]
-    return {"wall_s": round(time.monotonic() - started, 1), "peak_mb": round(max(samples) / 2**20), "curve_mb": tenths}
+    return {"wall_s": round(run.wall_s, 1), "peak_mb": round(max(samples) / 2**20), "curve_mb": tenths}
 
 
 def main() -> int:
@@ -102,7 +78,15 @@ def main() -> int:
     is_flat = max(curve[2:]) <= ALLOWED_GROWTH * curve[1] and peaks[-1] <= ALLOWED_GROWTH * peaks[-2 % len(peaks)]
     holds = max(peaks) << 20 < LIMIT_BYTES and is_flat
     command = f"python benchmarks/bench_preprocess_memory.py --documents {' '.join(map(str, args.documents))}"
-    write_record(args.output, __doc__ or "", holds, command, load, workers=args.workers, documents=results)
+    write_record(
+        args.output,
+        (__doc__ or "").splitlines()[0].removeprefix("Claim: "),
+        holds,
+        command,
+        load,
+        workers=args.workers,
+        documents=results,
+    )
     say(f"the claim {'holds' if holds else 'DOES NOT HOLD'}: peaks of {peaks} MB")
     return 0 if holds else 1
 
