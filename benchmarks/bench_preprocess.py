@@ -27,6 +27,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from measuring import Run, run_measured, say, spread, write_record
 
 from megatron_ledom.testing import REPOSITORY, tool_environment
@@ -132,6 +133,25 @@ def run_megatron(args: argparse.Namespace, flags: list[str], tool: str) -> Run:
     return run_measured(command, environment)
 
 
+def has_same_documents(ours: Path, theirs: Path) -> bool:
+    """Whether our file holds the documents of Megatron's, reversed, closed by the same id; numpy alone reads both."""
+    files = []
+    for prefix in (ours, theirs):
+        index = Path(f"{prefix}.idx").read_bytes()
+        count = int.from_bytes(index[18:26], "little")
+        kind = {8: np.uint16, 4: np.int32}[index[17]]
+        files.append((np.fromfile(f"{prefix}.bin", kind), np.frombuffer(index, np.int32, count, 34)))
+    (found, lengths), (natural, their_lengths) = files
+    if not np.array_equal(lengths, their_lengths):
+        return False
+    ends = np.cumsum(lengths, dtype=np.int64)
+    starts = ends - lengths
+    return all(
+        np.array_equal(found[a : b - 1], natural[a : b - 1][::-1]) and found[b - 1] == natural[b - 1]
+        for a, b in zip(starts.tolist(), ends.tolist(), strict=True)
+    )
+
+
 def run_datatrove(args: argparse.Namespace) -> Run:
     """Run datatrove's tokeniser over the corpus in as many parts as there are workers: it shares out whole files."""
     parts, output = args.work / "parts", args.work / "datatrove"
@@ -205,6 +225,7 @@ def main() -> int:
             note(f"Megatron-LM {tool}", run_megatron(args, flags, tool))
         if args.datatrove:
             note("datatrove", run_datatrove(args))
+    theirs = args.work / "theirs_text_document"
     manifest = json.loads((args.work / "ours_text_document.manifest.json").read_text(encoding="utf-8"))
     num_tokens = manifest["counts"]["tokens"]
     table = {name: summary(text_mb, num_tokens, runs) for name, runs in times.items()}
@@ -226,10 +247,14 @@ def main() -> int:
         say(f"{name} is faster by: {found}")
     if "ours with gigatoken" in speedups and FAST_PEER in table:
         holds &= speedups["ours with gigatoken"][FAST_PEER] >= aim_against_fast_peer(text_mb)
+    is_same = has_same_documents(args.work / "ours_text_document", theirs) if args.megatron_lm else None
+    say(f"the same documents as Megatron-LM's tool writes, reversed: {is_same}")
+    holds &= is_same is not False
     holds &= all(table[name]["tree_mb"]["max"] * 2**20 < MAX_TREE_BYTES for name in ours)
     command = f"python benchmarks/bench_preprocess.py --libraries {' '.join(args.libraries)} --repeats {args.repeats}"
     results = {"corpus_mb": round(text_mb, 1), "tokens": num_tokens, "workers": args.workers}
     results |= {"tokenizer": args.tokenizer_type, "share_of_bare": ratios, "times_faster_than": speedups}
+    results |= {"same_documents_as_megatron_lm": is_same}
     claim = (__doc__ or "").splitlines()[0].removeprefix("Claim: ")
     write_record(args.output, claim, holds, command, load, **results, times=table)
     return 0 if holds else 1
