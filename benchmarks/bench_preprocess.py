@@ -200,6 +200,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--megatron-lm", type=Path, help="a checkout, whose tools are run too")
+    tools = ["preprocess_data.py", "preprocess_data_fast.py"]
+    parser.add_argument("--megatron-tools", nargs="+", choices=tools, default=tools, help="which of them (both)")
     parser.add_argument("--datatrove", type=Path, help="the Python of an environment with datatrove")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -221,7 +223,7 @@ def main() -> int:
         for library in args.libraries:
             note(f"bare {library}", run_bare(args, library))
             note(f"ours with {library}", run_ours(args, flags, library))
-        for tool in ("preprocess_data.py", "preprocess_data_fast.py") if args.megatron_lm else ():
+        for tool in args.megatron_tools if args.megatron_lm else ():
             note(f"Megatron-LM {tool}", run_megatron(args, flags, tool))
         if args.datatrove:
             note("datatrove", run_datatrove(args))
