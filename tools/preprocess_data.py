@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ledom.direction import Direction
 from megatron_ledom.errors import run_cli
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ writes data/corpus_text_document.bin, .idx and what they are; train on them with
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; flags that Megatron's own tool has are called and mean the same."""
+    from megatron_ledom.direction import Direction
+
     parser = argparse.ArgumentParser(
         prog="preprocess_data.py",
         description=__doc__,
@@ -75,9 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Preprocess, then print what was written."""
-    args = build_parser().parse_args(argv)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # workers are forked, and only a process of one thread can be
+    args = build_parser().parse_args(argv)
     from megatron_ledom.data.preprocess import PreprocessConfig, preprocess
+    from megatron_ledom.direction import Direction
 
     fields = vars(args) | {"inputs": args.input, "direction": Direction(args.direction)}
     del fields["input"]
