@@ -262,7 +262,7 @@ def expected_shapes(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
 def write_checkpoint(
     weights: HfWeights, places: list[Place], args: argparse.Namespace, folder: Path, *, dtype: str, num_bytes: int
 ) -> None:
-    """Stream every weight into the new checkpoint `folder`; in memory are two packed tensors at most."""
+    """Stream every weight into the new checkpoint `folder`; three packed tensors at most are in memory."""
     folder.mkdir()
     progress = Progress("import", num_bytes / 1e6, "MB")
     with CheckpointWriter(folder) as writer:

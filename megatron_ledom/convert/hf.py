@@ -231,7 +231,7 @@ def weights_identity(checkpoint: Checkpoint, plan: ShardPlan) -> dict[str, Any]:
 def write_weights(
     checkpoint: Checkpoint, items: list[names.Item], plan: ShardPlan, target: ExportFolder, *, vocab_size: int
 ) -> None:
-    """Stream every weight that is not there yet into `target`; in memory are two stored tensors at most, as parts.
+    """Stream every weight that is not there yet into `target`; three stored tensors at most are in memory.
 
     Raises:
         CheckpointError: a chunk is damaged, or a weight is not finite in the output's dtype.

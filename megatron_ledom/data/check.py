@@ -263,6 +263,7 @@ class _SentenceReader:
         self._is_broken = False
 
     def check(self, first: int, lengths: np.ndarray) -> None:
+        """Compare the sentences of the documents from `first` on with their lengths; int32 [documents]."""
         if self._is_broken:
             return
         for number, length in enumerate(lengths.tolist()):

@@ -103,6 +103,7 @@ class _ShardMaker:
         self._files: list[dict[str, HashedPart]] = []
 
     def make(self, report: Report) -> ShardRecord:
+        """Write the files of the shard and return what they are; on failure none is left."""
         task = self._task
         suffixes = ["bin", "len", "crc", "skip", *(["sent"] if task.splitter else [])]
         with ExitStack() as stack:

@@ -233,6 +233,7 @@ class _Merge:
         return records
 
     def run(self) -> list[Manifest]:
+        """Join the shards, publish the datasets and return their manifests."""
         self._check_counts()
         with ExitStack() as stack:
             staged = self._stage(stack)
