@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_ledom.data.long_texts import PIECE_CHARS, Cutter
 from megatron_ledom.errors import InputError, TokenizerMismatchError, UsageError
 
 FINGERPRINT_VERSION = 1
@@ -103,11 +104,16 @@ class _HuggingFace(Tokenizer):
 
     library = "tokenizers"
 
-    def __init__(self, backend: Any, **facts: Any) -> None:
+    def __init__(self, backend: Any, content: str, cutter: Cutter, **facts: Any) -> None:
         super().__init__(**facts)
-        self._backend = backend
+        self._backend, self._content, self._cutter = backend, content, cutter
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if any(len(text) > PIECE_CHARS for text in texts):
+            return [np.concatenate([self._encode([piece])[0] for piece in self._cutter.cut(t)]) for t in texts]
+        return self._encode(texts)
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, dtype=np.int32) for e in encodings]
 
@@ -115,11 +121,16 @@ class _HuggingFace(Tokenizer):
         return self._backend.decode([int(i) for i in ids_nat], skip_special_tokens=False)
 
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        return np.array(encoding.ids, np.int32), np.array([start for start, _ in encoding.offsets], np.int32)
+        ids, starts, before = [], [], 0
+        for piece in self._cutter.cut(text):
+            encoding = self._backend.encode(piece, add_special_tokens=False)
+            ids.append(np.array(encoding.ids, np.int32))
+            starts.append(np.array([start + before for start, _ in encoding.offsets], np.int32))
+            before += len(piece)
+        return np.concatenate(ids), np.concatenate(starts)
 
     def content(self) -> str:
-        return self._backend.to_str()
+        return self._content
 
     def special_texts(self) -> list[str]:
         return [token.content for token in self._backend.get_added_tokens_decoder().values()]
@@ -354,7 +365,8 @@ def _read_backend(path: Path) -> Any:
 def _wrap_backend(backend: Any, tokenizer_type: str, model: Path, eod_token: str) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
-    content = json.loads(backend.to_str())
+    written = backend.to_str()
+    content = json.loads(written)
     if content["model"].get("dropout"):
         raise InputError(
             f"{model}: the tokenizer has BPE dropout {content['model']['dropout']}, so its ids are random; remove it"
@@ -363,6 +375,8 @@ def _wrap_backend(backend: Any, tokenizer_type: str, model: Path, eod_token: str
     facts = {"tokenizer": _canonical(content), "eod_id": eod_id, "split_special": backend.encode_special_tokens}
     return _HuggingFace(
         backend,
+        written,
+        Cutter(content),
         type=tokenizer_type,
         model=str(model),
         vocab_size=backend.get_vocab_size(with_added_tokens=True),
