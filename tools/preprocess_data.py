@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (one for each usable core)"
     )
-    work.add_argument("--shard-mb", type=float, metavar="MB", help="input in a shard (8 to 256, by the corpus)")
+    work.add_argument("--shard-mb", type=float, metavar="MB", help="input in a shard (4 to 256, by the corpus)")
     work.add_argument("--shard-index", type=int, metavar="I", help="do share I, from 0, of the work and stop")
     work.add_argument("--num-shards", type=int, metavar="N", help="shares; join them with tools/merge_data.py")
     return parser
@@ -78,15 +78,19 @@ def main(argv: list[str]) -> int:
     """Preprocess, then print what was written."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # workers are forked, and only a process of one thread can be
     args = build_parser().parse_args(argv)
-    from megatron_ledom.data.preprocess import PreprocessConfig, preprocess
+    from megatron_ledom.data.tokenizer_process import load_aside
     from megatron_ledom.direction import Direction
 
-    fields = vars(args) | {"inputs": args.input, "direction": Direction(args.direction)}
-    del fields["input"]
-    config = PreprocessConfig(**fields)
     start = time.monotonic()
-    manifests = preprocess(config)
-    elapsed_s = time.monotonic() - start
+    named = (args.tokenizer_type, args.tokenizer_model, args.vocab_file, args.merge_file)
+    with load_aside(*named) as tokenizer:  # it loads while the rest is imported
+        from megatron_ledom.data.preprocess import PreprocessConfig, preprocess
+
+        fields = vars(args) | {"inputs": args.input, "direction": Direction(args.direction)}
+        del fields["input"]
+        config = PreprocessConfig(**fields)
+        manifests = preprocess(config, tokenizer)
+        elapsed_s = time.monotonic() - start
     if not manifests:
         print(f"share {args.shard_index} of {args.num_shards} is done; then: tools/merge_data.py {args.output_prefix}")
     for prefix, manifest in zip(config.prefixes, manifests, strict=False):

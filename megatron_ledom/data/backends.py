@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from megatron_ledom.data.tokenizers import PROBE_TEXTS, Tokenizer
-from megatron_ledom.errors import TokenizerMismatchError, UsageError
+from megatron_ledom.errors import LedomError, TokenizerMismatchError, UsageError
 from megatron_ledom.log import get_logger
 
 FAST = "gigatoken"
@@ -59,7 +60,7 @@ class ReferenceEncoder:
     """The tokenizer's own library."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.name, self._tokenizer = tokenizer.library, tokenizer
+        self.name, self._tokenizer = tokenizer.library, tokenizer.here()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text; int32."""
@@ -98,7 +99,11 @@ class FastEncoder:
         encode = self._encode
         if not self.avoid:
             return [encode(text) for text in texts]
-        return [self._reference.encode(t) if any(a in t for a in self.avoid) else encode(t) for t in texts]
+        return [self._right.encode(t) if any(a in t for a in self.avoid) else encode(t) for t in texts]
+
+    @cached_property
+    def _right(self) -> Tokenizer:
+        return self._reference.here()
 
 
 def _load_fast(content: str | bytes) -> Any:
@@ -133,11 +138,18 @@ def choose_backend(tokenizer: Tokenizer, asked: str, corpus_texts: Iterable[str]
         return ReferenceEncoder(tokenizer)
     why = None
     try:
-        fast = FastEncoder(tokenizer)
+        fast = FastEncoder(tokenizer)  # loads while the tokenizer still does, where that has a process of its own
         within = {token: _within(token) for token in tokenizer.special_texts()[:_MAX_SPECIAL]}
-        avoid = [token for token, text in within.items() if first_difference(tokenizer, fast, [text])]
+        right = tokenizer.encode_batch([*within.values()])
+        avoid = [
+            token
+            for (token, text), ids in zip(within.items(), right, strict=True)
+            if first_difference(tokenizer, fast, [text], [ids])
+        ]
         fast.avoid = tuple(avoid) if len(avoid) <= _MAX_AVOIDED else ()
         why = first_difference(tokenizer, fast, [*probe_texts(), *within.values(), *corpus_texts])
+    except LedomError:  # of the reference itself
+        raise
     except ImportError:
         why = "it is not installed (pip install gigatoken)"
     except Exception as error:  # whatever a library says of a tokenizer that it does not know
@@ -158,9 +170,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [repr(error)])[0]
 
 
-def first_difference(tokenizer: Tokenizer, fast: Encoder, texts: Sequence[str]) -> str | None:
-    """Say where an encoder first departs from the reference; None where all ids are equal."""
-    for text, right in zip(texts, tokenizer.encode_batch(texts), strict=True):
+def first_difference(
+    tokenizer: Tokenizer, fast: Encoder, texts: Sequence[str], right_ids: Sequence[np.ndarray] | None = None
+) -> str | None:
+    """Say where an encoder first departs from the reference, whose ids may be given; None where all are equal."""
+    right_ids = tokenizer.encode_batch(texts) if right_ids is None else right_ids
+    for text, right in zip(texts, right_ids, strict=True):
         (found,) = fast.encode_batch([text])
         if len(found) != len(right) or not np.array_equal(found, right):
             unequal = np.flatnonzero(found[: len(right)] != right[: len(found)])

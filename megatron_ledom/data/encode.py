@@ -15,6 +15,7 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -23,7 +24,7 @@ from megatron_ledom.data.backends import Encoder, ReferenceEncoder, first_differ
 from megatron_ledom.data.files import write_refusal
 from megatron_ledom.data.records import Batch
 from megatron_ledom.data.sentences import SentenceSplitter
-from megatron_ledom.data.shards import HashedPart, KeyRecord, ShardRecord, WorkFolder
+from megatron_ledom.data.shards import HashedPart, KeyRecord, Part, ShardRecord, WorkFolder
 from megatron_ledom.data.sources import Slice, Source, read_slice, rows_before
 from megatron_ledom.data.tokenizers import Tokenizer
 from megatron_ledom.data.workers import Report
@@ -31,6 +32,23 @@ from megatron_ledom.direction import Direction, flip, flip_groups, stored_batch,
 from megatron_ledom.errors import InputError, TokenizerMismatchError
 
 _COMPARED_CHARS = 8192  # the size of the document of each shard that is compared with the reference
+
+
+class Sample(NamedTuple):
+    """A document and the ids that it was given, in natural order, to be compared with the reference."""
+
+    part: Slice
+    row: int
+    text: str
+    ids: np.ndarray
+
+
+class Outcome(NamedTuple):
+    """What became of a shard: whether it was made here, its bad records, and a document of it if it was made fast."""
+
+    is_made: bool
+    bad: int
+    sample: Sample | None
 
 
 @dataclass(kw_only=True)
@@ -69,21 +87,41 @@ class EncodeTask:
     num_bytes: int
     wait: bool = False
 
-    def __call__(self, shard: int, report: Report) -> tuple[bool, int]:
-        """Make a shard, unless it is finished or another process makes it; return whether, and its bad records.
+    def __call__(self, shard: int, report: Report) -> Outcome:
+        """Make a shard, unless it is finished or another process makes it.
 
         Raises:
             InputError: an input cannot be read or a record is bad.
             OutputError: the file system takes no more.
-            TokenizerMismatchError: the fast library departs from the reference.
         """
         with self.folder.lock(f"{shard:06d}", wait=self.wait) as is_ours:
             if not is_ours or (found := self.folder.record(shard)) is not None:
                 report(self.num_bytes // len(self.shards))
-                return False, found.bad if is_ours and found is not None else 0
-            record = _ShardMaker(self, shard).make(report)
+                return Outcome(False, found.bad if is_ours and found is not None else 0, None)
+            maker = _ShardMaker(self, shard)
+            record = maker.make(report)
             self.folder.finish(shard, record)
-            return True, record.bad
+            return Outcome(True, record.bad, maker.sample)
+
+    def check_sample(self, shard: int, sample: Sample) -> None:
+        """Compare a document that was tokenised for a shard with the reference; on failure the shard is forgotten.
+
+        Raises:
+            TokenizerMismatchError: the fast library departs from the reference.
+        """
+        if np.array_equal(sample.ids, self.tokenizer.encode(sample.text)):
+            return
+        self.folder.forget(shard)
+        why = first_difference(self.tokenizer, self.encoder, [sample.text])
+        raise TokenizerMismatchError(
+            f"{self.place(sample.part, sample.row)}: {self.encoder.name} gave wrong ids ({why}). Remove "
+            f"{self.folder.path} and use --tokenizer-backend {self.tokenizer.library}"
+        )
+
+    def place(self, part: Slice, row: int) -> str:
+        """Name the file and the row in it of a row of a slice."""
+        source = self.sources[part.source]
+        return f"{source.path}:{rows_before(source, part) + row}"
 
 
 class _ShardMaker:
@@ -98,9 +136,10 @@ class _ShardMaker:
             backend=task.encoder.name,
             keys=[KeyRecord(documents=[0] * num_slices) for _ in task.json_keys],
         )
-        self._is_compared = isinstance(task.encoder, ReferenceEncoder)
+        self.sample: Sample | None = None
+        self._is_sampled = not isinstance(task.encoder, ReferenceEncoder)
         self._eod = task.tokenizer.eod_id if task.append_eod else None
-        self._files: list[dict[str, HashedPart]] = []
+        self._files: list[dict[str, Part]] = []
 
     def make(self, report: Report) -> ShardRecord:
         """Write the files of the shard and return what they are; on failure none is left."""
@@ -112,7 +151,7 @@ class _ShardMaker:
                     files = {}
                     for suffix in suffixes:
                         path = task.folder.temporary(task.folder.file(self._shard, key, suffix))
-                        files[suffix] = HashedPart(path)
+                        files[suffix] = (Part if suffix == "bin" else HashedPart)(path)
                         stack.callback(files[suffix].discard)
                     self._files.append(files)
                 for number, part in enumerate(task.shards[self._shard]):
@@ -145,11 +184,7 @@ class _ShardMaker:
         if limit is None or self._record.bad > limit:
             row, why = batch.bad[0]
             more = "" if limit is None else f" (and more than --max-bad-records {limit} are bad)"
-            raise InputError(f"{self._place(part, row)}: {why}{more}")
-
-    def _place(self, part: Slice, row: int) -> str:
-        source = self._task.sources[part.source]
-        return f"{source.path}:{rows_before(source, part) + row}"
+            raise InputError(f"{self._task.place(part, row)}: {why}{more}")
 
     def _add_texts(self, number: int, part: Slice, key: int, batch: Batch) -> list[int]:
         """Write the documents of one key; return the places in the batch of those without a token."""
@@ -158,15 +193,16 @@ class _ShardMaker:
             return []
         if task.splitter is None:
             natural = task.encoder.encode_batch(texts)
-            kept = [ids for ids in natural if len(ids)]
+            kept = natural if all(map(len, natural)) else [ids for ids in natural if len(ids)]
             flat = stored_batch(kept, task.direction, self._eod)
-            self._compare(texts[0], natural[0], part, batch)
+            if self._is_sampled and self.sample is None and 0 < len(texts[0]) <= _COMPARED_CHARS:
+                self.sample = Sample(part, batch.rows[0], texts[0], natural[0])
         else:
             natural, flat = self._encode_sentences(task.splitter, texts, files["sent"])
             kept = [ids for ids in natural if len(ids)]
         if len(flat) and (highest := int(flat.max())) > np.iinfo(task.dtype).max:
             raise InputError(
-                f"{self._place(part, batch.rows[0])} and after: the tokenizer gave id {highest}, which does not "
+                f"{task.place(part, batch.rows[0])} and after: the tokenizer gave id {highest}, which does not "
                 f"fit {task.dtype.name}, the type for its vocabulary of {task.tokenizer.vocab_size}"
             )
         lengths = np.fromiter(map(len, kept), dtype=np.int32, count=len(kept)) + np.int32(self._eod is not None)
@@ -175,7 +211,7 @@ class _ShardMaker:
         record.documents[number] += len(kept)
         record.tokens += len(flat)
         record.empty_documents += len(texts) - len(kept)
-        record.text_bytes += sum(len(t) if t.isascii() else len(t.encode("utf-8")) for t in texts)
+        record.text_bytes += _utf8_bytes(texts)
         view = memoryview(flat.astype(task.dtype)).cast("B")
         ends = (np.cumsum(lengths, dtype=np.int64) * task.dtype.itemsize).tolist()
         crcs = [crc32(view[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
@@ -184,21 +220,8 @@ class _ShardMaker:
         files["crc"].write(np.array(crcs, dtype="<u4"))
         return [] if len(kept) == len(texts) else [i for i, ids in enumerate(natural) if not len(ids)]
 
-    def _compare(self, text: str, ids: np.ndarray, part: Slice, batch: Batch) -> None:
-        """Once a shard, compare a document with the reference: the fast library must never depart from it."""
-        task = self._task
-        if self._is_compared or len(text) > _COMPARED_CHARS or not text:
-            return
-        self._is_compared = True
-        if not np.array_equal(ids, task.tokenizer.encode(text)):
-            why = first_difference(task.tokenizer, task.encoder, [text])
-            raise TokenizerMismatchError(
-                f"{self._place(part, batch.rows[0])}: {task.encoder.name} gave wrong ids ({why}). Remove "
-                f"{task.folder.path} and use --tokenizer-backend {task.tokenizer.library}"
-            )
-
     def _encode_sentences(
-        self, splitter: SentenceSplitter, texts: list[str], file: HashedPart
+        self, splitter: SentenceSplitter, texts: list[str], file: Part
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Return the ids of each text in natural order, and the stored ids of all; write the sizes of sentences."""
         natural, stored = [], []
@@ -210,3 +233,10 @@ class _ShardMaker:
                 stored.append(stored_document(flip_groups(ids, counts), Direction.FORWARD, self._eod))
                 file.write(flip(counts).astype("<u4"))
         return natural, np.concatenate(stored) if stored else np.empty(0, dtype=np.int32)
+
+
+def _utf8_bytes(texts: Sequence[str]) -> int:
+    """The size of texts in UTF-8."""
+    if all(map(str.isascii, texts)):
+        return sum(map(len, texts))
+    return sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts)

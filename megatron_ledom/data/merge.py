@@ -11,11 +11,13 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from zlib import crc32
 
 import numpy as np
 
@@ -139,9 +141,9 @@ class _CopyTask:
         if isinstance(item, _Whole):
             return self._hash(item, report)
         starts = {"bin": item.offset, "crc": 4 * item.document, "sent": item.sentence_offset}
-        for suffix, found in item.record.files.items():
+        for suffix in item.record.files:
             if suffix in _PARTS:
-                self._copy(item, suffix, found, starts[suffix], report)
+                self._copy(item, suffix, starts[suffix], report)
         lengths = np.frombuffer(self._read(item, "len"), dtype="<i4").astype(np.int32, copy=False)
         target = self.partials[item.key, "idx"]
         with target.open("r+b", buffering=0) as file:
@@ -172,39 +174,62 @@ class _CopyTask:
         return WrittenFile(num_bytes, digest.hexdigest())
 
     def _read(self, item: _Place, suffix: str) -> bytes:
-        path, expected = self.work.file(item.shard, item.key, suffix), item.record.files[suffix]
-        data = path.read_bytes() if path.exists() else b""
-        self._check(item.shard, path, WrittenFile(len(data), hashlib.sha256(data).hexdigest()), expected)
-        return data
+        with self._open(item, suffix) as source:
+            return b"".join(self._hashed(item, suffix, source))
 
-    def _copy(self, item: _Place, suffix: str, expected: WrittenFile, offset: int, report: Report) -> None:
-        path, target = self.work.file(item.shard, item.key, suffix), self.partials[item.key, _PARTS[suffix]]
-        digest, start = hashlib.sha256(), offset
-        if not path.exists():
-            self._check(item.shard, path, WrittenFile(0, ""), expected)
-        with path.open("rb", buffering=0) as source, target.open("r+b", buffering=0) as file:
-            if item.shard in self.trusted and copy_at(source.fileno(), file.fileno(), offset, expected.bytes):
-                os.posix_fadvise(file.fileno(), start, expected.bytes, os.POSIX_FADV_DONTNEED)
-                report(expected.bytes)
-                return
-            while data := source.read(_BLOCK_BYTES):
-                digest.update(data)
-                try:
-                    offset = write_at(file.fileno(), data, offset)
-                except OSError as error:
-                    raise write_refusal(target, offset, error) from error
-                report(len(data))
+    def _copy(self, item: _Place, suffix: str, offset: int, report: Report) -> None:
+        target, num_bytes = self.partials[item.key, _PARTS[suffix]], item.record.files[suffix].bytes
+        with self._open(item, suffix) as source, target.open("r+b", buffering=0) as file:
+            if item.shard in self.trusted and copy_at(source.fileno(), file.fileno(), offset, num_bytes):
+                report(num_bytes)
+            else:
+                place = offset
+                for data in self._documents(item, source) if suffix == "bin" else self._hashed(item, suffix, source):
+                    try:
+                        place = write_at(file.fileno(), data, place)
+                    except OSError as error:
+                        raise write_refusal(target, place, error) from error
+                    report(len(data))
             # lets the disk begin now; publishing waits for it
-            os.posix_fadvise(file.fileno(), start, offset - start, os.POSIX_FADV_DONTNEED)
-        self._check(item.shard, path, WrittenFile(offset - start, digest.hexdigest()), expected)
+            os.posix_fadvise(file.fileno(), offset, num_bytes, os.POSIX_FADV_DONTNEED)
 
-    def _check(self, shard: int, path: Path, found: WrittenFile, expected: WrittenFile) -> None:
-        if found != expected:
-            self.work.forget(shard)
-            raise InputError(
-                f"{path} is damaged ({found.bytes:,} bytes, {expected.bytes:,} expected, or another hash). The shard "
-                "was thrown away: give the command of preprocess_data.py again, which makes it anew"
-            )
+    def _open(self, item: _Place, suffix: str) -> BinaryIO:
+        path = self.work.file(item.shard, item.key, suffix)
+        found = path.stat().st_size if path.exists() else 0
+        expected = item.record.files[suffix].bytes
+        if not path.exists() or found != expected:
+            raise self._damaged(item, suffix, f"{found:,} bytes, {expected:,} expected")
+        return path.open("rb", buffering=0)
+
+    def _hashed(self, item: _Place, suffix: str, source: BinaryIO) -> Iterator[bytes]:
+        """Yield a file of a shard block by block; at the end its hash is compared."""
+        digest = hashlib.sha256()
+        while data := source.read(_BLOCK_BYTES):
+            digest.update(data)
+            yield data
+        if digest.hexdigest() != item.record.files[suffix].sha256:
+            raise self._damaged(item, suffix, "another hash")
+
+    def _documents(self, item: _Place, source: BinaryIO) -> Iterator[bytes | memoryview]:
+        """Yield the bytes of a shard's `.bin`, some documents at a time, each compared with its CRC."""
+        ends = np.cumsum(np.frombuffer(self._read(item, "len"), dtype="<i4"), dtype=np.int64) * self.dtype.itemsize
+        crcs = np.frombuffer(self._read(item, "crc"), dtype="<u4").tolist()
+        first = start = 0
+        while first < len(ends):
+            last = max(int(np.searchsorted(ends, start + _BLOCK_BYTES, side="right")), first + 1)
+            data = memoryview(source.read(int(ends[last - 1]) - start))
+            bounds = [0, *(ends[first:last] - start).tolist()]
+            if [crc32(data[a:b]) for a, b in pairwise(bounds)] != crcs[first:last]:
+                raise self._damaged(item, "bin", "another CRC of a document")
+            yield data
+            first, start = last, int(ends[last - 1])
+
+    def _damaged(self, item: _Place, suffix: str, found: str) -> InputError:
+        self.work.forget(item.shard)
+        return InputError(
+            f"{self.work.file(item.shard, item.key, suffix)} is damaged ({found}). The shard was thrown away: give the "
+            "command of preprocess_data.py again, which makes it anew"
+        )
 
 
 class _Merge:

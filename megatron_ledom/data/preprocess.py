@@ -24,13 +24,14 @@ from megatron_ledom.data.merge import check_not_there, dataset_prefixes, finish_
 from megatron_ledom.data.sentences import SAMPLE_BYTES, SentenceSplitter, load_splitter, train_splitter
 from megatron_ledom.data.shards import WorkFolder
 from megatron_ledom.data.sources import TEXT_UNITS, Slice, Source, cut_sources, find_sources, read_slice
-from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_ledom.data.tokenizer_process import load_aside
+from megatron_ledom.data.tokenizers import Tokenizer
 from megatron_ledom.data.workers import run_parallel
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import InputError, UsageError
 from megatron_ledom.log import Progress, get_logger
 
-MIN_SHARD_BYTES, MAX_SHARD_BYTES, NUM_SHARDS = 8 << 20, 256 << 20, 512
+MIN_SHARD_BYTES, MAX_SHARD_BYTES, NUM_SHARDS = 4 << 20, 256 << 20, 512
 _PROBES, _PROBE_CHARS = 8, 8192  # places of the corpus that are compared before a library is trusted, and how much
 
 
@@ -84,15 +85,13 @@ class PreprocessConfig:
         """The datasets to be written, in the order of `json_keys`; Megatron's names."""
         return dataset_prefixes(self.output_prefix, self.json_keys)
 
-    def load_tokenizer(self) -> Tokenizer:
-        """Load the tokenizer that the fields name."""
-        return load_tokenizer(
-            self.tokenizer_type, self.tokenizer_model, vocab_file=self.vocab_file, merge_file=self.merge_file
-        )
 
-
-def preprocess(config: PreprocessConfig) -> list[Manifest]:
+def preprocess(config: PreprocessConfig, tokenizer: Tokenizer | None = None) -> list[Manifest]:
     """Write one dataset a key and return their manifests, in the order of `json_keys`.
+
+    Args:
+        config: what to make of which files.
+        tokenizer: the one that `config` names, where it is loaded already or by `load_aside`.
 
     Nothing lies under a final name before everything is written. Where the run fails or is
     killed, finished shards stay in `PREFIX.shards/`, and the same command goes on from there.
@@ -114,15 +113,39 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
         return done
     if not config.overwrite and not work.is_publishing:
         check_not_there(config.prefixes)
+    with contextlib.ExitStack() as stack:
+        if tokenizer is None:
+            named = (config.tokenizer_type, config.tokenizer_model, config.vocab_file, config.merge_file)
+            tokenizer = stack.enter_context(load_aside(*named))
+        task = _task(config, work, tokenizer)
+        try:
+            made = _make_shards(config, task)
+        except BaseException:
+            _keep_or_remove(work, len(task.shards))
+            raise
+    if config.shard_index is not None:
+        return []
+    try:
+        manifests = merge_shards(config.output_prefix, workers=config.workers, overwrite=config.overwrite, trusted=made)
+    except BaseException:
+        _keep_or_remove(work, len(task.shards))
+        raise
+    _warn_of_eod_in_text(config, manifests)
+    return manifests
+
+
+def _task(config: PreprocessConfig, work: WorkFolder, tokenizer: Tokenizer) -> EncodeTask:
+    """Decide what is made of what, and open the folder for it."""
     sources = find_sources(config.inputs)
-    tokenizer = config.load_tokenizer()
     shard_bytes = _shard_bytes(config, sources)
     shards = cut_sources(sources, shard_bytes, config.text_unit)
     splitter = _splitter(config, work, sources, shards)
-    plan = _plan(config, sources, shards, shard_bytes, tokenizer, splitter)
+    if splitter is not None:  # every worker asks the tokenizer itself where tokens start
+        tokenizer = tokenizer.here()
     encoder = choose_backend(tokenizer, config.tokenizer_backend, _sample(config, sources, shards))
+    plan = _plan(config, sources, shards, shard_bytes, tokenizer, splitter)
     work.open(plan, start_over=config.overwrite and config.shard_index is None)
-    task = EncodeTask(
+    return EncodeTask(
         sources=sources,
         shards=shards,
         json_keys=config.json_keys,
@@ -137,16 +160,6 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
         encoder=encoder,
         num_bytes=sum(source.num_bytes for source in sources),
     )
-    try:
-        made = _make_shards(config, task)
-        if config.shard_index is not None:
-            return []
-        manifests = merge_shards(config.output_prefix, workers=config.workers, overwrite=config.overwrite, trusted=made)
-    except BaseException:
-        _keep_or_remove(work, len(shards))
-        raise
-    _warn_of_eod_in_text(config, manifests)
-    return manifests
 
 
 def check_config(config: PreprocessConfig) -> None:
@@ -273,15 +286,17 @@ def _make_shards(config: PreprocessConfig, task: EncodeTask) -> set[int]:
     bad, limit = 0, task.max_bad_records
     for is_second_pass in (False, True):
         task.wait = is_second_pass
-        for shard, (is_made, found) in run_parallel(
+        for shard, outcome in run_parallel(
             task,
             todo,
             config.workers,
             on_report=lambda num_bytes: progress.update(num_bytes / 1e6),
             doing="documents were tokenised",
         ):
-            bad += found
-            made |= {shard} if is_made else set()
+            bad += outcome.bad
+            made |= {shard} if outcome.is_made else set()
+            if outcome.sample is not None:
+                task.check_sample(shard, outcome.sample)
             if limit is not None and bad > limit:
                 raise InputError(
                     f"{bad:,} records are bad so far, more than --max-bad-records {limit:,}; they are listed in the "

@@ -212,29 +212,44 @@ def _process_mark() -> str:
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
-class HashedPart:
-    """A file of a shard, hashed while it is written under its temporary name."""
+class Part:
+    """A file of a shard, written under its temporary name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("wb", buffering=1 << 16)
-        self._hash = hashlib.sha256()
         self.num_bytes = 0
 
     def write(self, data: Any) -> None:
         """Append the bytes of a buffer."""
         view = memoryview(data).cast("B")
         self._file.write(view)
-        self._hash.update(view)
         self.num_bytes += len(view)
 
     def close(self) -> WrittenFile:
-        """Close it and return what it is."""
+        """Close it and return what it is; without a hash, as what vouches for a `.bin` are the CRCs in the `.crc`."""
         self._file.close()
-        return WrittenFile(self.num_bytes, self._hash.hexdigest())
+        return WrittenFile(self.num_bytes, "")
 
     def discard(self) -> None:
         """Close and remove it."""
         with contextlib.suppress(OSError):
             self._file.close()
         self.path.unlink(missing_ok=True)
+
+
+class HashedPart(Part):
+    """A file of a shard that is hashed while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._hash = hashlib.sha256()
+
+    def write(self, data: Any) -> None:
+        """Append the bytes of a buffer."""
+        super().write(data)
+        self._hash.update(data)
+
+    def close(self) -> WrittenFile:
+        """Close it and return what it is."""
+        return WrittenFile(super().close().bytes, self._hash.hexdigest())

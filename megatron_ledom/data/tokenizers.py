@@ -84,6 +84,10 @@ class Tokenizer(abc.ABC):
     def special_texts(self) -> list[str]:
         """Return the tokens that a library may treat in a way of its own when they stand in a text."""
 
+    def here(self) -> Tokenizer:
+        """Return a tokenizer of the same ids that is loaded in this process, and may be used in its forks."""
+        return self
+
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of one text, natural order; int32 [n]."""
         return self.encode_batch([text])[0]

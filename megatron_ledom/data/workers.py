@@ -89,9 +89,14 @@ def _run(
 _NOTHING = object()
 
 
+def has_one_thread() -> bool:
+    """Whether this process can be forked safely."""
+    return len(list(Path("/proc/self/task").iterdir())) == 1
+
+
 class _Worker:
     def __init__(self, task: Any, others: list[Connection] | None = None) -> None:
-        is_alone = len(list(Path("/proc/self/task").iterdir())) == 1
+        is_alone = has_one_thread()
         context: Any = multiprocessing.get_context("fork" if is_alone else "spawn")
         self.connection, theirs = context.Pipe()
         inherited = [*(others or ()), self.connection] if is_alone else []

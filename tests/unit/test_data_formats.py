@@ -23,12 +23,17 @@ from megatron_ledom.data.documents import read_document
 from megatron_ledom.data.manifest import load_manifest
 from megatron_ledom.data.preprocess import PreprocessConfig, preprocess
 from megatron_ledom.data.sentences import load_splitter, train_splitter
-from megatron_ledom.data.tokenizers import load_tokenizer
+from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction, flip
 from megatron_ledom.errors import InputError, TokenizerMismatchError, UsageError
 from megatron_ledom.testing import code_documents, english_documents, train_bpe_tokenizer, write_jsonl
 
 TEXTS = [*english_documents()[:25], "naïve café 東京 🙂 <s> </s> <unk>", *code_documents(25)]
+
+
+def tokenizer_of(config: PreprocessConfig) -> Tokenizer:
+    files = {"vocab_file": config.vocab_file, "merge_file": config.merge_file}
+    return load_tokenizer(config.tokenizer_type, config.tokenizer_model, **files)
 
 
 @pytest.fixture
@@ -46,7 +51,7 @@ def run(config: PreprocessConfig, **changes: Any) -> tuple[bytes, bytes]:
     """The bytes of `.bin` and `.idx`."""
     config = dataclasses.replace(config, overwrite=True, **changes)
     preprocess(config)
-    assert check_dataset(config.prefixes[0], config.load_tokenizer()).faults == []
+    assert check_dataset(config.prefixes[0], tokenizer_of(config)).faults == []
     return tuple(Path(f"{config.prefixes[0]}.{s}").read_bytes() for s in ("bin", "idx"))  # type: ignore[return-value]
 
 
@@ -96,7 +101,7 @@ def test_bytes_are_those_of_megatrons_builder_with_each_document_reversed(
 ) -> None:
     flags = tokenizer_flags(kind, tmp_path)
     config = dataclasses.replace(config, **flags)  # type: ignore[arg-type]
-    tokenizer = config.load_tokenizer()
+    tokenizer = tokenizer_of(config)
     asked = "auto" if backend == "auto" else tokenizer.library
     found = run(config, tokenizer_backend=asked, shard_mb=0.1)
     used = load_manifest(config.prefixes[0]).tokenizer.backend
@@ -254,7 +259,7 @@ def test_sentences_come_last_to_first_and_the_text_comes_back(
     run(config, workers=2)
     again = {p.name: p.read_bytes() for p in Path(config.output_prefix).parent.iterdir() if "manifest" not in p.name}
     assert again == alone
-    manifest, tokenizer = load_manifest(config.prefixes[0]), config.load_tokenizer()
+    manifest, tokenizer = load_manifest(config.prefixes[0]), tokenizer_of(config)
     assert manifest.reverse_unit == "sentence"
     splitter = load_splitter(Path(f"{config.prefixes[0]}.punkt.json"))
     dataset = IndexedDataset(config.prefixes[0])

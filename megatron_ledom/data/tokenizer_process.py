@@ -1,0 +1,129 @@
+"""A tokenizer in a process of its own, so that it loads while this one does something else.
+
+A tokenizer takes a tenth of a second to load and as long to be told from others (its fingerprint); a small corpus
+is tokenised in that time. The process answers one question at a time and ends with this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_ledom.data.workers import has_one_thread
+from megatron_ledom.errors import InputError, LedomError
+
+_FACTS = ("vocab_size", "eod_id", "fingerprint", "library")
+
+
+@contextlib.contextmanager
+def load_aside(
+    tokenizer_type: str, model: str | None, vocab_file: str | None = None, merge_file: str | None = None
+) -> Iterator[Tokenizer]:
+    """Give a tokenizer that is still loading, in a process that ends with the block; arguments as `load_tokenizer`.
+
+    What loading raises is raised when the tokenizer is used first. A process with threads cannot be
+    forked safely, so there the tokenizer is loaded at once, in this process.
+    """
+    if not has_one_thread():
+        yield load_tokenizer(tokenizer_type, model, vocab_file=vocab_file, merge_file=merge_file)
+        return
+    context = multiprocessing.get_context("fork")
+    connection, theirs = context.Pipe()
+    origin = (tokenizer_type, model, vocab_file, merge_file)
+    process = context.Process(target=_serve, args=(origin, theirs, connection), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield _AsideTokenizer(origin, connection)
+    finally:
+        connection.close()
+        process.kill()
+        process.join()
+
+
+class _AsideTokenizer(Tokenizer):
+    """A tokenizer that another process holds. Only the process that made it may ask it; a pickled one loads itself."""
+
+    def __init__(self, origin: tuple[Any, ...], connection: Connection) -> None:
+        self.type, model, vocab_file, _ = origin
+        self.model = str(model if model is not None else vocab_file)
+        self.origin = origin
+        self._connection = connection
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return self._answer()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _FACTS:
+            return self._facts[name]
+        raise AttributeError(name)
+
+    def _answer(self) -> Any:
+        try:
+            error, value = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise InputError(
+                f"the process that loads {self.type} {self.model} was killed; out of memory? Try fewer --workers"
+            ) from None
+        if error is not None:
+            raise error
+        return value
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        _ = self._facts  # what it says first
+        self._connection.send((method, arguments))
+        return self._answer()
+
+    def here(self) -> Tokenizer:
+        """Return the same tokenizer, loaded in this process."""
+        kind, model, vocab_file, merge_file = self.origin
+        return load_tokenizer(kind, model, vocab_file=vocab_file, merge_file=merge_file)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self._ask("encode_batch", list(texts))
+
+    def decode(self, ids_nat: Sequence[int] | np.ndarray) -> str:
+        return self._ask("decode", ids_nat)
+
+    def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        return self._ask("encode_with_starts", text)
+
+    def content(self) -> str | bytes:
+        path = Path(self.model) / "tokenizer.json"
+        if self.type == "HuggingFaceTokenizer" and path.is_file():  # no need to wait for it
+            return path.read_text(encoding="utf-8")
+        return self._ask("content")
+
+    def special_texts(self) -> list[str]:
+        return self._ask("special_texts")
+
+
+def _serve(origin: tuple[Any, ...], connection: Connection, theirs: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    theirs.close()
+    try:
+        kind, model, vocab_file, merge_file = origin
+        tokenizer = load_tokenizer(kind, model, vocab_file=vocab_file, merge_file=merge_file)
+        connection.send((None, {name: getattr(tokenizer, name) for name in _FACTS}))
+        while True:
+            method, arguments = connection.recv()
+            connection.send((None, getattr(tokenizer, method)(*arguments)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # nobody asks any more
+        return
+    except LedomError as error:
+        connection.send((error, None))
+    except Exception as error:
+        # what encoding raises is told apart by its type; see Tokenizer.encode_batch
+        known = type(error) if type(error) in (TypeError, ValueError) else RuntimeError
+        connection.send((known(f"in the tokenizer's process:\n{traceback.format_exc()}"), None))
