@@ -4,6 +4,7 @@
                 |                                            -> .len    int32, ids per document
                 |                                            -> .crc    uint32, CRC-32 of each document's bytes
                 |                                            -> .sent   uint32, ids per sentence, where these are turned
+                |                                            -> .pair   uint32, ids of the question's part, of pairs
                 '- what became no document ------------------> .skip   JSON lines: [slice, row in it, why]
 
 No ids travel between processes. Memory: `BLOCK_BYTES` of text at a time, or a document, whatever the shard holds.
@@ -22,6 +23,8 @@ import numpy as np
 
 from megatron_ledom.data.backends import Encoder, ReferenceEncoder, first_difference
 from megatron_ledom.data.files import write_refusal
+from megatron_ledom.data.manifest import PairRecord
+from megatron_ledom.data.pairs import encode_pairs, separator_places
 from megatron_ledom.data.records import Batch
 from megatron_ledom.data.sentences import SentenceSplitter
 from megatron_ledom.data.shards import HashedPart, KeyRecord, Part, ShardRecord, WorkFolder
@@ -58,7 +61,7 @@ class EncodeTask:
     Attributes:
         sources: the input files.
         shards: the slices of each shard.
-        json_keys: the fields to make a dataset of.
+        json_keys: the fields to make a dataset of; of pairs the two that become one.
         text_unit: what a document of a text file is.
         direction: of the dataset.
         splitter: where sentences end, if these are turned instead of tokens.
@@ -70,6 +73,8 @@ class EncodeTask:
         encoder: the fastest exact library.
         num_bytes: of all sources together, for progress.
         wait: wait for shards that another process is making.
+        pairs: what the pairs are, if documents are questions and answers.
+        max_tokens: most ids of a pair with one boundary.
     """
 
     sources: Sequence[Source]
@@ -86,6 +91,13 @@ class EncodeTask:
     encoder: Encoder
     num_bytes: int
     wait: bool = False
+    pairs: PairRecord | None = None
+    max_tokens: int | None = None
+
+    @property
+    def num_outputs(self) -> int:
+        """How many datasets are made."""
+        return len(self.json_keys) if self.pairs is None else 1
 
     def __call__(self, shard: int, report: Report) -> Outcome:
         """Make a shard, unless it is finished or another process makes it.
@@ -134,7 +146,7 @@ class _ShardMaker:
             rows=[0] * num_slices,
             bad=0,
             backend=task.encoder.name,
-            keys=[KeyRecord(documents=[0] * num_slices) for _ in task.json_keys],
+            keys=[KeyRecord(documents=[0] * num_slices) for _ in range(task.num_outputs)],
         )
         self.sample: Sample | None = None
         self._is_sampled = not isinstance(task.encoder, ReferenceEncoder)
@@ -144,10 +156,11 @@ class _ShardMaker:
     def make(self, report: Report) -> ShardRecord:
         """Write the files of the shard and return what they are; on failure none is left."""
         task = self._task
-        suffixes = ["bin", "len", "crc", "skip", *(["sent"] if task.splitter else [])]
+        suffixes = ["bin", "len", "crc", "skip"]
+        suffixes += ["sent"] * (task.splitter is not None) + ["pair"] * (task.pairs is not None)
         with ExitStack() as stack:
             try:
-                for key in range(len(task.json_keys)):
+                for key in range(task.num_outputs):
                     files = {}
                     for suffix in suffixes:
                         path = task.folder.temporary(task.folder.file(self._shard, key, suffix))
@@ -168,11 +181,18 @@ class _ShardMaker:
 
     def _add(self, number: int, part: Slice, batch: Batch) -> None:
         self._record.rows[number] = batch.last_row
+        pairs = None
+        if self._task.pairs is not None:
+            pairs = encode_pairs(
+                batch, self._task.pairs, self._task.direction, self._task.encoder, self._task.max_tokens
+            )
         if batch.bad:
             self._note_bad(part, batch)
         skipped = [(row, "blank") for row in batch.blank] + [(row, f"bad: {why}") for row, why in batch.bad]
         for key in range(len(self._files)):
-            empty = self._add_texts(number, part, key, batch)
+            empty = (
+                self._add_texts(number, part, key, batch) if pairs is None else self._add_pairs(number, *pairs, batch)
+            )
             left_out = skipped + [(batch.rows[i], "empty") for i in empty]
             if left_out:
                 lines = [json.dumps([number, row, why], separators=(",", ":")) + "\n" for row, why in sorted(left_out)]
@@ -195,11 +215,36 @@ class _ShardMaker:
             natural = task.encoder.encode_batch(texts)
             kept = natural if all(map(len, natural)) else [ids for ids in natural if len(ids)]
             flat = stored_batch(kept, task.direction, self._eod)
-            if self._is_sampled and self.sample is None and 0 < len(texts[0]) <= _COMPARED_CHARS:
-                self.sample = Sample(part, batch.rows[0], texts[0], natural[0])
+            self._take_sample(part, batch.rows[0], texts[0], natural[0])
         else:
             natural, flat = self._encode_sentences(task.splitter, texts, files["sent"])
             kept = [ids for ids in natural if len(ids)]
+        self._write(number, part, key, batch, kept, flat)
+        record.empty_documents += len(texts) - len(kept)
+        record.text_bytes += _num_bytes(texts)
+        return [] if len(kept) == len(texts) else [i for i, ids in enumerate(natural) if not len(ids)]
+
+    def _add_pairs(
+        self, number: int, natural: list[np.ndarray], question_lengths: np.ndarray, batch: Batch
+    ) -> list[int]:
+        """Write pairs; none is empty."""
+        assert self._task.pairs is not None
+        if not natural:
+            return []
+        part = self._task.shards[self._shard][number]
+        self._write(number, part, 0, batch, natural, stored_batch(natural, self._task.direction, self._eod))
+        self._files[0]["pair"].write(question_lengths.astype("<u4"))
+        self._record.keys[0].text_bytes += sum(map(_num_bytes, batch.texts))
+        after_question, _ = separator_places(self._task.pairs.separator, self._task.direction)
+        text, ids = batch.texts[0][0] + after_question, natural[0][: question_lengths[0]]
+        self._take_sample(part, batch.rows[0], text, ids)
+        return []
+
+    def _write(
+        self, number: int, part: Slice, key: int, batch: Batch, kept: list[np.ndarray], flat: np.ndarray
+    ) -> None:
+        """Append documents to the files of a key: `kept` in natural order, `flat` as they are stored."""
+        task, record, files = self._task, self._record.keys[key], self._files[key]
         if len(flat) and (highest := int(flat.max())) > np.iinfo(task.dtype).max:
             raise InputError(
                 f"{task.place(part, batch.rows[0])} and after: the tokenizer gave id {highest}, which does not "
@@ -210,15 +255,17 @@ class _ShardMaker:
         record.eod_in_text -= len(kept) if self._eod is not None else 0
         record.documents[number] += len(kept)
         record.tokens += len(flat)
-        record.empty_documents += len(texts) - len(kept)
-        record.text_bytes += _utf8_bytes(texts)
         view = memoryview(flat.astype(task.dtype)).cast("B")
         ends = (np.cumsum(lengths, dtype=np.int64) * task.dtype.itemsize).tolist()
         crcs = [crc32(view[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
         files["bin"].write(view)
         files["len"].write(lengths)
         files["crc"].write(np.array(crcs, dtype="<u4"))
-        return [] if len(kept) == len(texts) else [i for i, ids in enumerate(natural) if not len(ids)]
+
+    def _take_sample(self, part: Slice, row: int, text: str, ids: np.ndarray) -> None:
+        """Keep a document of the shard for the comparison, where it is made by the fast library."""
+        if self._is_sampled and self.sample is None and 0 < len(text) <= _COMPARED_CHARS:
+            self.sample = Sample(part, row, text, ids)
 
     def _encode_sentences(
         self, splitter: SentenceSplitter, texts: list[str], file: Part
@@ -235,7 +282,7 @@ class _ShardMaker:
         return natural, np.concatenate(stored) if stored else np.empty(0, dtype=np.int32)
 
 
-def _utf8_bytes(texts: Sequence[str]) -> int:
+def _num_bytes(texts: Sequence[str]) -> int:
     """The size of texts in UTF-8."""
     if all(map(str.isascii, texts)):
         return sum(map(len, texts))
