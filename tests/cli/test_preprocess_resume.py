@@ -77,7 +77,7 @@ def test_killed_at_twenty_moments_the_same_command_ends_with_the_same_bytes(
     assert start(command).wait() == 0
     whole_s = time.monotonic() - began
     kills = kept = 0
-    while kills < NUM_KILLS:
+    while kills < NUM_KILLS or (kept < 5 and kills < 3 * NUM_KILLS):  # on a busy machine more fall into the start
         for path in tmp_path.glob("x_*"):
             path.unlink()
         if rng.random() < 0.4:
@@ -105,7 +105,7 @@ def test_killed_at_twenty_moments_the_same_command_ends_with_the_same_bytes(
             assert contents(prefix) == expected
             assert not work.exists()
             assert list(tmp_path.glob("*.partial")) == []
-    assert kept >= 5  # most kills fell where there was something to keep
+    assert kept >= 5  # these fell where there was something to keep
 
 
 # Runs the tool's work in forks of one process, each ended by force at another of its changes to the file system.
