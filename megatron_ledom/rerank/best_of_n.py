@@ -19,14 +19,8 @@ from megatron_ledom.inference import DEFAULT_BATCH_TOKENS
 from megatron_ledom.inference.files import check_output, open_output
 from megatron_ledom.inference.folder import check_direction, load_record
 from megatron_ledom.log import Progress
-from megatron_ledom.rerank.candidates import (
-    FORWARD_LOGPROB,
-    NUM_FORWARD_TOKENS,
-    Candidate,
-    Question,
-    check_carried_logprobs,
-    read_questions,
-)
+from megatron_ledom.rerank.candidates import Candidate, Question, check_carried_logprobs, read_questions
+from megatron_ledom.rerank.carried import FORWARD_LOGPROB, NUM_FORWARD_TOKENS
 from megatron_ledom.rerank.reward import Normalize, TextLogprob, check_reverse_weight, rank_rewards, reverse_reward
 
 if TYPE_CHECKING:  # torch comes with it, and costs seconds that a refusal should not take
