@@ -23,6 +23,8 @@ from megatron_ledom.rerank.carried import FORWARD_LOGPROB, NUM_FORWARD_TOKENS, r
 QUESTION_KEYS = ("question", "prompt")
 CANDIDATE_KEYS = ("candidates", "outputs", "choices")
 """Ours, vLLM's and OpenAI's name for the list of answers."""
+GREEDY_MARK = "greedy"
+"""Field of a candidate; true marks the greedy answer, which is a baseline and none of the N samples."""
 
 
 @dataclass(frozen=True)

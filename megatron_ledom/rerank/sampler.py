@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_ledom.inference.sampling import Sampling
+from megatron_ledom.rerank.generation import DEFAULT_BATCH_ROWS
 
 if TYPE_CHECKING:
     from megatron_ledom.inference.model import ForwardLM
-
-DEFAULT_BATCH_ROWS = 128
-"""Continuations grown at a time: a small model on a CPU gains little beyond, and the cache grows with it."""
 
 
 @dataclass(frozen=True)

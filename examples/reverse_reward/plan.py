@@ -1,0 +1,173 @@
+"""The steps of the experiment: each runs the project's own tools, as a person would, and says what came out.
+
+It owns the order of the steps and where their files lie. The problems are `problems.py`'s; running, timing and
+resuming is the quickstart's `runner.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from problems import SEPARATOR, read_problems, train_digit_tokenizer, write_problems
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.testing import REPOSITORY, torchrun_command, write_jsonl
+
+sys.path.insert(0, str(REPOSITORY / "examples/quickstart"))
+from runner import Runner, Step
+from steps import TrainingProgress
+
+TOKENIZER_SAMPLE = 20_000  # problems that the tokenizer is trained on
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the experiment; written to settings.json, and a folder is only gone on with under the same.
+
+    Attributes:
+        num_training: problems that both twins read.
+        num_tuning: further problems, on which the reverse scorer is fine-tuned.
+        num_problems: unseen problems that are answered, those included that choose lambda.
+        held_out_share: share of them that chooses lambda and normalisation.
+        num_samples: N, the answers sampled to each of them.
+        temperature: of the samples.
+        largest_number: of a problem and its solution.
+        longest_chars: of a problem with its solution.
+        vocab_size: entries of the tokenizer.
+        num_layers, hidden_size: of both twins.
+        train_iters: iterations of both twins.
+        tune_iters: iterations of the fine-tuning.
+        batch: samples of an iteration.
+    """
+
+    num_training: int = 40_000
+    num_tuning: int = 10_000
+    num_problems: int = 1_250
+    held_out_share: float = 0.2
+    num_samples: int = 16
+    temperature: float = 1.0
+    largest_number: int = 200
+    longest_chars: int = 330
+    vocab_size: int = 1024
+    num_layers: int = 4
+    hidden_size: int = 192
+    train_iters: int = 1_700
+    tune_iters: int = 400
+    batch: int = 8
+
+    def model_flags(self) -> list[object]:
+        """The shape of a twin, beside what the preset `tiny` says of it."""
+        heads = self.hidden_size // 32
+        return [
+            *("--num-layers", self.num_layers, "--hidden-size", self.hidden_size),
+            *("--ffn-hidden-size", self.hidden_size * 8 // 3, "--num-attention-heads", heads),
+            *("--num-query-groups", heads // 2),
+            *("--init-method-std", round(self.hidden_size**-0.5, 3)),
+        ]
+
+
+class Experiment:
+    """The plan over one folder."""
+
+    def __init__(self, folder: Path, settings: Settings, seeds: list[int], runner: Runner, jobs: int) -> None:
+        self.folder, self.settings, self.seeds, self._runner, self._jobs = folder, settings, seeds, runner, jobs
+        self.data = folder / "data"
+        self.tokenizer = folder / "tokenizer"
+
+    def plan(self) -> list[Step]:
+        """Every step, in order; the seconds were measured on one of two busy cores."""
+        steps = [
+            Step("problems", "draw problems and train the tokenizer", self.draw, 20),
+            Step("preprocess", "text to reversed ids", self.preprocess, 10),
+        ]
+        for seed in self.seeds:
+            steps += self._plan_seed(seed)
+        return steps
+
+    def _plan_seed(self, seed: int) -> list[Step]:
+        def of(work: Callable[[int], str]) -> Callable[[], str]:
+            return lambda: work(seed)
+
+        iters = self.settings.train_iters
+        return [
+            Step(f"twins-{seed}", f"seed {seed}: train forward and reverse twin", of(self.train_twins), 0.9 * iters),
+            Step(f"convert-{seed}", f"seed {seed}: twins to Hugging Face", of(self.convert_twins), 30),
+        ]
+
+    def draw(self) -> str:
+        """Draw all problems and write the twins' text."""
+        self.data.mkdir(exist_ok=True)
+        s = self.settings
+        counts = {"training": s.num_training, "tuning": s.num_tuning, "problems": s.num_problems}
+        write_problems(self.data, counts, s.largest_number, s.longest_chars)
+        texts = [p.question + SEPARATOR + p.solution for p in read_problems(self.data / "training.jsonl")]
+        write_jsonl(self.data / "text.jsonl", texts)
+        train_digit_tokenizer(texts[:TOKENIZER_SAMPLE], s.vocab_size, self.tokenizer)
+        return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+
+    def preprocess(self) -> str:
+        """Run tools/preprocess_data.py; the forward twin reads the same file backwards."""
+        output = self._tool(
+            "preprocess_data.py",
+            *("--input", self.data / "text.jsonl", "--output-prefix", self.data / "reverse"),
+            *("--append-eod", "--overwrite", *self._tokenizer_flags()),
+        )
+        return output.splitlines()[1].strip()
+
+    def train_twins(self, seed: int) -> str:
+        """Run tools/pretrain.py in both directions, at the same time where there are cores for it."""
+        with ThreadPoolExecutor(self._jobs) as pool:
+            results = list(pool.map(lambda direction: self._train(seed, direction), Direction))
+        return "; ".join(results)
+
+    def convert_twins(self, seed: int) -> str:
+        """Run tools/convert_to_hf.py on both."""
+        for direction in Direction:
+            self._convert(seed, direction)
+        return f"{self._of(seed)}/hf"
+
+    def _train(self, seed: int, direction: Direction) -> str:
+        iters = self.settings.train_iters
+        flags = [
+            *("--preset", "tiny", "--device", "cpu", "--direction", direction, "--seed", seed),
+            *("--run-dir", self._of(seed) / direction, "--data-path", self.data / "reverse_text_document"),
+            *(*self._tokenizer_flags(), *self.settings.model_flags()),
+            *("--micro-batch-size", self.settings.batch, "--global-batch-size", self.settings.batch),
+            *("--train-iters", iters, "--lr", 3e-3, "--min-lr", 1e-4, "--split", "99,1,0"),
+            *("--eval-interval", 500, "--save-interval", 500, "--log-interval", 20),
+        ]
+        progress = TrainingProgress(iters)
+        self._runner.command(torchrun_command("pretrain.py", 1, flags), show=_labelled(direction, progress))
+        return f"{direction}: training loss {progress.loss:.3f}{progress.validation_loss}"
+
+    def _convert(self, seed: int, name: str) -> None:
+        output = self._of(seed) / "hf" / name
+        output.parent.mkdir(exist_ok=True)
+        self._tool(
+            "convert_to_hf.py", "--load", self._of(seed) / name / "checkpoints", "--output", output, "--overwrite"
+        )
+
+    def _of(self, seed: int) -> Path:
+        return self.folder / f"seed-{seed}"
+
+    def _tool(self, tool: str, *arguments: object) -> str:
+        threads = {"OMP_NUM_THREADS": str(min(self._jobs, len(os.sched_getaffinity(0))))}
+        return self._runner.command([sys.executable, REPOSITORY / "tools" / tool, *arguments], environment=threads)
+
+    def _tokenizer_flags(self) -> tuple[object, ...]:
+        return ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.tokenizer)
+
+
+def _labelled(direction: Direction, progress: TrainingProgress) -> Callable[[str], str | None]:
+    """Progress of one of two runs that go on at the same time."""
+
+    def show(line: str) -> str | None:
+        shown = progress(line)
+        return f"{direction}: {shown}" if shown else None
+
+    return show
