@@ -228,6 +228,33 @@ def condition(
     return ConditionedIds(ids=[boundary_id, *given, *target], target_start=1 + len(given))
 
 
+def pair_target(num_question: int, num_answer: int, direction: Direction, loss_on: str) -> tuple[int, int]:
+    """The ids of a stored question and answer that a model learns to write, as a range.
+
+    A pair is one document, the question before the answer in reading order, and closed by E, which belongs to
+    the part that stands before it:
+
+        reading order     q q q a a
+        reverse file      a a q q q E       loss on the question: (2, 6), on the answer: (0, 2)
+        forward file      q q q a a E       loss on the question: (0, 3), on the answer: (3, 6)
+
+    Args:
+        num_question: ids of the question's part.
+        num_answer: ids of the answer's part.
+        direction: of the file and of the model.
+        loss_on: "question", "answer" or "both".
+
+    Returns:
+        First id, and one beyond the last, counted in the stored document with its end-of-document id.
+
+    >>> pair_target(3, 2, Direction.REVERSE, "question")
+    (2, 6)
+    """
+    first, end = (num_answer if direction is Direction.REVERSE else num_question), num_question + num_answer + 1
+    is_last = loss_on == ("question" if direction is Direction.REVERSE else "answer")
+    return (0, end) if loss_on == "both" else (first, end) if is_last else (0, first)
+
+
 def check_same_direction(expected: Direction, found: Direction, *, expected_by: str, found_in: str) -> None:
     """Refuse to mix directions.
 

@@ -20,12 +20,15 @@ class BlendSource:
         weight: its share, as given; only the ratio to the others counts.
         num_tokens: tokens of its training split, once through.
         budget_tokens: tokens that it was given by `--data-budget`, or None.
+        num_samples: samples of its training split, once through, where these are not cut out of a stream of
+            tokens but hold whole pairs and padding; None elsewhere.
     """
 
     prefix: str
     weight: float
     num_tokens: int
     budget_tokens: int | None = None
+    num_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ def plan_blend(sources: Sequence[BlendSource], num_samples: int, seq_length: int
         samples = round(num_samples * share)
         tokens = samples * seq_length
         epochs = tokens / source.num_tokens if source.num_tokens else float("inf") if tokens else 0.0
+        if source.num_samples:
+            epochs = samples / source.num_samples
+            tokens = round(epochs * source.num_tokens)
         plans.append(SourcePlan(source, share, samples, tokens, epochs))
     return plans
 
@@ -77,7 +83,10 @@ def format_plan(plans: Sequence[SourcePlan], *, num_samples: int, seq_length: in
     if not any(plan.source.budget_tokens for plan in plans):
         rows = [row[:-1] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [f"data: {count_text(num_samples * seq_length)} tokens ({steps}{num_samples:,} samples of {seq_length:,})"]
+    num_tokens = num_samples * seq_length
+    if any(plan.source.num_samples for plan in plans):
+        num_tokens = sum(plan.tokens for plan in plans)
+    lines = [f"data: {count_text(num_tokens)} tokens ({steps}{num_samples:,} samples of {seq_length:,})"]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())

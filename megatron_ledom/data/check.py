@@ -25,6 +25,7 @@ from megatron_ledom.data.documents import describe_origin, open_raw, read_at, re
 from megatron_ledom.data.files import WrittenFile
 from megatron_ledom.data.indexed import DTYPES, HEADER, index_bytes, optimal_dtype, read_index_header
 from megatron_ledom.data.manifest import Manifest, has_right_hash, load_manifest, manifest_path
+from megatron_ledom.data.pairs import SIDECAR
 from megatron_ledom.data.tokenizers import Tokenizer
 from megatron_ledom.errors import InputError, LedomError
 from megatron_ledom.files import hash_file
@@ -80,6 +81,8 @@ def check_dataset(
             _check_documents(report, manifest, num_documents, on_read)
         if "skipped.jsonl" in manifest.sidecars:
             _check_skipped(report, manifest)
+        if manifest.pairs is not None and num_documents is not None:
+            _check_pairs(report, num_documents)
     except (OSError, LedomError) as error:
         report.add("reading", f"{prefix}: {error}")
     report.close()
@@ -277,6 +280,22 @@ class _SentenceReader:
     def close(self) -> None:
         if not self._is_broken and (self._held or self._file.read(1)):
             self._report.add("sentences", f"{self._file.name} holds more than the documents")
+
+
+def _check_pairs(report: Report, num_documents: int) -> None:
+    """Both parts of every pair must have an id."""
+    path = Path(f"{report.prefix}.{SIDECAR}")
+    if path.stat().st_size != 4 * num_documents:
+        report.add("pairs", f"{path} has {path.stat().st_size:,} bytes, {4 * num_documents:,} belong to the documents")
+        return
+    with open_raw(f"{report.prefix}.idx") as idx, open_raw(str(path)) as file:
+        for first, lengths in read_lengths(idx, num_documents):
+            questions = read_at(file, 4 * first, len(lengths), "<u4").astype(np.int64)
+            for i in np.flatnonzero((questions < 1) | (questions > lengths - 2)):
+                text = (
+                    f"{path}: document {first + i} is said to have {questions[i]} ids of {lengths[i]} in its question"
+                )
+                report.add("pairs", text)
 
 
 def _check_skipped(report: Report, manifest: Manifest) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ledom.data.indexed import HEADER, read_index_header
-from megatron_ledom.data.manifest import Manifest, load_manifest, manifest_path
+from megatron_ledom.data.manifest import Manifest, PairRecord, load_manifest, manifest_path
+from megatron_ledom.data.pairs import SIDECAR
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DirectionError, InputError, TokenizerMismatchError
 from megatron_ledom.log import get_logger
@@ -46,6 +47,11 @@ class CheckedDataset:
     num_tokens: int
     bin_bytes: int
     bin_sha256: str | None
+
+    @property
+    def pairs(self) -> PairRecord | None:
+        """What its pairs are; None where its documents are texts."""
+        return None if self.manifest is None else self.manifest.pairs
 
     @property
     def read_as(self) -> Direction:
@@ -107,6 +113,12 @@ def _check_with_manifest(prefix: str, direction: Direction, fingerprint: str | N
         )
     _check_files_whole(prefix, manifest)
     is_turned = manifest.direction is not direction
+    if is_turned and manifest.pairs is not None:
+        raise DirectionError(
+            f"this run (--direction) is a {direction} model, but the pairs {prefix} were tokenised for a "
+            f"{manifest.direction} one (says {manifest_path(prefix).name}): the separator belongs to the other part "
+            f"there. Make {direction} pairs (tools/preprocess_pairs.py --direction {direction})"
+        )
     if is_turned and manifest.reverse_unit != "token":
         raise DirectionError(
             f"this run (--direction) is a {direction} model, but the dataset {prefix} is {manifest.direction} with "
@@ -227,9 +239,10 @@ def _check_files_exist(prefix: str) -> None:
 
 
 def _check_files_whole(prefix: str, manifest: Manifest) -> None:
-    for suffix, expected in manifest.files.items():
+    needed = manifest.files if manifest.pairs is None else manifest.files | {SIDECAR: manifest.sidecars[SIDECAR]}
+    for suffix, expected in needed.items():
         path = Path(f"{prefix}.{suffix}")
-        found_bytes = path.stat().st_size
+        found_bytes = path.stat().st_size if path.is_file() else 0
         if found_bytes != expected.bytes:
             raise InputError(
                 f"{path} has {found_bytes:,} bytes, its manifest says {expected.bytes:,}: "

@@ -4,6 +4,7 @@
                 |                                            -> .len    int32, ids per document
                 |                                            -> .crc    uint32, CRC-32 of each document's bytes
                 |                                            -> .sent   uint32, ids per sentence, where these are turned
+                |                                            -> .pair   uint32, ids of the question's part, of pairs
                 '- what became no document ------------------> .skip   JSON lines: [slice, row in it, why]
 
 No ids travel between processes. Memory: `BLOCK_BYTES` of text at a time, or a document, whatever the shard holds.
@@ -21,6 +22,8 @@ import numpy as np
 
 from megatron_ledom.data.backends import Encoder, ReferenceEncoder, first_difference
 from megatron_ledom.data.files import write_refusal
+from megatron_ledom.data.manifest import PairRecord
+from megatron_ledom.data.pairs import encode_pairs, separator_places
 from megatron_ledom.data.records import Batch
 from megatron_ledom.data.sentences import SentenceSplitter
 from megatron_ledom.data.shards import HashedPart, KeyRecord, ShardRecord, WorkFolder
@@ -40,7 +43,7 @@ class EncodeTask:
     Attributes:
         sources: the input files.
         shards: the slices of each shard.
-        json_keys: the fields to make a dataset of.
+        json_keys: the fields to make a dataset of; of pairs the two that become one.
         text_unit: what a document of a text file is.
         direction: of the dataset.
         splitter: where sentences end, if these are turned instead of tokens.
@@ -52,6 +55,8 @@ class EncodeTask:
         encoder: the fastest exact library.
         num_bytes: of all sources together, for progress.
         wait: wait for shards that another process is making.
+        pairs: what the pairs are, if documents are questions and answers.
+        max_tokens: most ids of a pair with one boundary.
     """
 
     sources: Sequence[Source]
@@ -68,6 +73,13 @@ class EncodeTask:
     encoder: Encoder
     num_bytes: int
     wait: bool = False
+    pairs: PairRecord | None = None
+    max_tokens: int | None = None
+
+    @property
+    def num_outputs(self) -> int:
+        """How many datasets are made."""
+        return len(self.json_keys) if self.pairs is None else 1
 
     def __call__(self, shard: int, report: Report) -> tuple[bool, int]:
         """Make a shard, unless it is finished or another process makes it; return whether, and its bad records.
@@ -96,7 +108,7 @@ class _ShardMaker:
             rows=[0] * num_slices,
             bad=0,
             backend=task.encoder.name,
-            keys=[KeyRecord(documents=[0] * num_slices) for _ in task.json_keys],
+            keys=[KeyRecord(documents=[0] * num_slices) for _ in range(task.num_outputs)],
         )
         self._is_compared = isinstance(task.encoder, ReferenceEncoder)
         self._eod = task.tokenizer.eod_id if task.append_eod else None
@@ -105,10 +117,11 @@ class _ShardMaker:
     def make(self, report: Report) -> ShardRecord:
         """Write the files of the shard and return what they are; on failure none is left."""
         task = self._task
-        suffixes = ["bin", "len", "crc", "skip", *(["sent"] if task.splitter else [])]
+        suffixes = ["bin", "len", "crc", "skip"]
+        suffixes += ["sent"] * (task.splitter is not None) + ["pair"] * (task.pairs is not None)
         with ExitStack() as stack:
             try:
-                for key in range(len(task.json_keys)):
+                for key in range(task.num_outputs):
                     files = {}
                     for suffix in suffixes:
                         path = task.folder.temporary(task.folder.file(self._shard, key, suffix))
@@ -129,11 +142,18 @@ class _ShardMaker:
 
     def _add(self, number: int, part: Slice, batch: Batch) -> None:
         self._record.rows[number] = batch.last_row
+        pairs = None
+        if self._task.pairs is not None:
+            pairs = encode_pairs(
+                batch, self._task.pairs, self._task.direction, self._task.encoder, self._task.max_tokens
+            )
         if batch.bad:
             self._note_bad(part, batch)
         skipped = [(row, "blank") for row in batch.blank] + [(row, f"bad: {why}") for row, why in batch.bad]
         for key in range(len(self._files)):
-            empty = self._add_texts(number, part, key, batch)
+            empty = (
+                self._add_texts(number, part, key, batch) if pairs is None else self._add_pairs(number, *pairs, batch)
+            )
             left_out = skipped + [(batch.rows[i], "empty") for i in empty]
             if left_out:
                 lines = [json.dumps([number, row, why], separators=(",", ":")) + "\n" for row, why in sorted(left_out)]
@@ -164,6 +184,31 @@ class _ShardMaker:
         else:
             natural, flat = self._encode_sentences(task.splitter, texts, files["sent"])
             kept = [ids for ids in natural if len(ids)]
+        self._write(number, part, key, batch, kept, flat)
+        record.empty_documents += len(texts) - len(kept)
+        record.text_bytes += _num_bytes(texts)
+        return [] if len(kept) == len(texts) else [i for i, ids in enumerate(natural) if not len(ids)]
+
+    def _add_pairs(
+        self, number: int, natural: list[np.ndarray], question_lengths: np.ndarray, batch: Batch
+    ) -> list[int]:
+        """Write pairs; none is empty."""
+        assert self._task.pairs is not None
+        if not natural:
+            return []
+        part = self._task.shards[self._shard][number]
+        self._write(number, part, 0, batch, natural, stored_batch(natural, self._task.direction, self._eod))
+        self._files[0]["pair"].write(question_lengths.astype("<u4"))
+        self._record.keys[0].text_bytes += sum(map(_num_bytes, batch.texts))
+        after_question, _ = separator_places(self._task.pairs.separator, self._task.direction)
+        self._compare(batch.texts[0][0] + after_question, natural[0][: question_lengths[0]], part, batch)
+        return []
+
+    def _write(
+        self, number: int, part: Slice, key: int, batch: Batch, kept: list[np.ndarray], flat: np.ndarray
+    ) -> None:
+        """Append documents to the files of a key: `kept` in natural order, `flat` as they are stored."""
+        task, record, files = self._task, self._record.keys[key], self._files[key]
         if len(flat) and (highest := int(flat.max())) > np.iinfo(task.dtype).max:
             raise InputError(
                 f"{self._place(part, batch.rows[0])} and after: the tokenizer gave id {highest}, which does not "
@@ -174,15 +219,12 @@ class _ShardMaker:
         record.eod_in_text -= len(kept) if self._eod is not None else 0
         record.documents[number] += len(kept)
         record.tokens += len(flat)
-        record.empty_documents += len(texts) - len(kept)
-        record.text_bytes += sum(len(t) if t.isascii() else len(t.encode("utf-8")) for t in texts)
         view = memoryview(flat.astype(task.dtype)).cast("B")
         ends = (np.cumsum(lengths, dtype=np.int64) * task.dtype.itemsize).tolist()
         crcs = [crc32(view[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
         files["bin"].write(view)
         files["len"].write(lengths)
         files["crc"].write(np.array(crcs, dtype="<u4"))
-        return [] if len(kept) == len(texts) else [i for i, ids in enumerate(natural) if not len(ids)]
 
     def _compare(self, text: str, ids: np.ndarray, part: Slice, batch: Batch) -> None:
         """Once a shard, compare a document with the reference: the fast library must never depart from it."""
@@ -210,3 +252,7 @@ class _ShardMaker:
                 stored.append(stored_document(flip_groups(ids, counts), Direction.FORWARD, self._eod))
                 file.write(flip(counts).astype("<u4"))
         return natural, np.concatenate(stored) if stored else np.empty(0, dtype=np.int32)
+
+
+def _num_bytes(texts: Sequence[str]) -> int:
+    return sum(len(t) if t.isascii() else len(t.encode("utf-8")) for t in texts)

@@ -20,10 +20,12 @@ from megatron_ledom.data.files import HashedFile, WrittenFile
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import InputError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+PLAIN_VERSION = 2  # what datasets without pairs are written as: an older version reads them
 SIDECARS = ("crc32", "skipped.jsonl")
 REVERSE_UNITS = ("token", "sentence")
-_ADDED_IN_2 = ("backend", "rows", "format", "bad_records", "sidecars")
+_ADDED_LATER = ("backend", "rows", "format", "bad_records", "sidecars", "pairs")
+PARTS = ("question", "answer", "both")
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,24 @@ class SourceRecord:
 
 
 @dataclass(frozen=True)
+class PairRecord:
+    """What a dataset of questions and answers is.
+
+    Attributes:
+        question_key, answer_key: the fields that the texts came from.
+        separator: stands between them; tokenised with the part that is conditioned on (`data/pairs.py`).
+        loss_on: one of `PARTS`: what a model learns to write. The rest is read and not learnt.
+    """
+
+    question_key: str
+    answer_key: str
+    separator: str
+    loss_on: str
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """The record of one dataset."""
+    """The record of one dataset; `pairs` is None where its documents are texts."""
 
     direction: Direction
     append_eod: bool
@@ -89,7 +107,8 @@ class Manifest:
     megatron_ledom_version: str
     reverse_unit: str = "token"
     sidecars: dict[str, WrittenFile] = dataclasses.field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    pairs: PairRecord | None = None
+    format_version: int = PLAIN_VERSION
 
     @property
     def eod_id(self) -> int | None:
@@ -114,7 +133,10 @@ def manifest_hash(manifest: Manifest) -> str:
 
 
 def _fields(manifest: Manifest) -> dict[str, Any]:
-    return {"format_version": manifest.format_version} | dataclasses.asdict(manifest)
+    fields = {"format_version": manifest.format_version} | dataclasses.asdict(manifest)
+    if manifest.pairs is None:
+        del fields["pairs"]
+    return fields
 
 
 def self_hash(fields: dict[str, Any]) -> str:
@@ -166,6 +188,10 @@ def load_manifest(prefix: str | Path) -> Manifest:
     if isinstance(fields.get("direction"), str):
         fields["direction"] = Direction.parse(fields["direction"], where=f"{path}, field 'direction'")
     manifest: Manifest = _build(Manifest, fields, str(path), "")
+    if manifest.pairs is not None and (manifest.pairs.loss_on not in PARTS or "pairs" not in manifest.sidecars):
+        raise InputError(
+            f"{path}: pairs with the loss on {manifest.pairs.loss_on!r}, or without their file: make it anew"
+        )
     if manifest.reverse_unit not in REVERSE_UNITS or set(manifest.files) != {"bin", "idx"}:
         raise InputError(
             f"{path}: reverse_unit {manifest.reverse_unit!r} and files {sorted(manifest.files)} found, "
@@ -197,10 +223,12 @@ def _read_fields(prefix: str | Path) -> dict[str, Any]:
 
 def _build(kind: Any, value: Any, path: str, field: str) -> Any:
     """Turn parsed JSON into `kind` (a dataclass, list, dict or plain type), or say which field is wrong."""
+    if kind == PairRecord | None:
+        kind = PairRecord if value is not None else type(None)
     origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
-        added_later = {f.name for f in dataclasses.fields(kind) if f.name in _ADDED_IN_2}
+        added_later = {f.name for f in dataclasses.fields(kind) if f.name in _ADDED_LATER}
         missing = [f"{field}{name}" for name in hints if name not in value and name not in added_later]
         if missing:
             raise InputError(f"{path} lacks {', '.join(missing)}; make the dataset anew")

@@ -20,7 +20,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.datasets.utils import Split
 
 from megatron_ledom.data import order
-from megatron_ledom.direction import flip
+from megatron_ledom.data.manifest import PairRecord
+from megatron_ledom.direction import Direction, flip
 from megatron_ledom.errors import InputError
 from megatron_ledom.log import get_logger
 
@@ -37,11 +38,17 @@ class DatasetConfig(GPTDatasetConfig):
             are read in the other direction.
         identities: prefix -> what its bytes are (a hash, or sizes): indices that are cached for other
             bytes under the same name are not used.
+        pairs: prefix -> what its pairs are; of every prefix or of none (`data/megatron_pairs.py`).
+        pair_direction: in which they are stored.
+        pack_pairs: lay several pairs into a sample.
     """
 
     data_order: str = order.EPOCHS
     turned: dict[str, bool] = field(default_factory=dict)
     identities: dict[str, str] = field(default_factory=dict)
+    pairs: dict[str, PairRecord] = field(default_factory=dict)
+    pair_direction: Direction = Direction.REVERSE
+    pack_pairs: bool = False
     order_version: int = order.SCHEME_VERSION
 
 
@@ -248,5 +255,9 @@ def build_datasets(config: DatasetConfig, num_samples: Sequence[int | None]) -> 
     """
     classes = {order.EPOCHS: EpochOrderDataset, order.MEGATRON: MegatronOrderDataset}
     kind = MockGPTDataset if config.mock else classes[config.data_order]
+    if config.pairs:
+        from megatron_ledom.data.megatron_pairs import PairDataset  # which derives from the classes here
+
+        kind = PairDataset
     train, valid, test = BlendedMegatronDatasetBuilder(kind, list(num_samples), lambda: True, config).build()
     return train, valid, test

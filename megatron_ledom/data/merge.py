@@ -23,8 +23,11 @@ from megatron_ledom import __version__
 from megatron_ledom.data.files import HashedFile, StagedFile, WrittenFile, copy_at, write_at, write_refusal
 from megatron_ledom.data.indexed import index_bytes, write_index_header, write_index_part
 from megatron_ledom.data.manifest import (
+    FORMAT_VERSION,
+    PLAIN_VERSION,
     Counts,
     Manifest,
+    PairRecord,
     SourceRecord,
     TokenizerRecord,
     load_manifest,
@@ -40,8 +43,13 @@ from megatron_ledom.files import hash_file
 from megatron_ledom.log import Progress
 
 _BLOCK_BYTES = 4 << 20
-_PARTS = {"bin": "bin", "crc": "crc32", "sent": "sentences"}  # files of a shard that are joined as they are
-_SUFFIXES = (".bin", ".idx", ".crc32", ".skipped.jsonl", ".sentences", ".punkt.json", ".manifest.json")
+_PARTS = {
+    "bin": "bin",
+    "crc": "crc32",
+    "sent": "sentences",
+    "pair": "pairs",
+}  # files of a shard that are joined as they are
+_SUFFIXES = (".bin", ".idx", ".crc32", ".skipped.jsonl", ".sentences", ".pairs", ".punkt.json", ".manifest.json")
 
 
 def dataset_prefixes(output_prefix: str, json_keys: Sequence[str]) -> list[str]:
@@ -138,7 +146,8 @@ class _CopyTask:
             return WrittenFile(item.stat().st_size, hash_file(item, on_read=report, sync=True))
         if isinstance(item, _Whole):
             return self._hash(item, report)
-        starts = {"bin": item.offset, "crc": 4 * item.document, "sent": item.sentence_offset}
+        per_document = 4 * item.document
+        starts = {"bin": item.offset, "crc": per_document, "pair": per_document, "sent": item.sentence_offset}
         for suffix, found in item.record.files.items():
             if suffix in _PARTS:
                 self._copy(item, suffix, found, starts[suffix], report)
@@ -408,4 +417,6 @@ class _Merge:
             created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             megatron_ledom_version=__version__,
             reverse_unit=plan["reverse_unit"],
+            pairs=None if plan.get("pairs") is None else PairRecord(**plan["pairs"]),
+            format_version=PLAIN_VERSION if plan.get("pairs") is None else FORMAT_VERSION,
         )

@@ -12,15 +12,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ledom.data.backends import BACKENDS, choose_backend
 from megatron_ledom.data.encode import EncodeTask
 from megatron_ledom.data.indexed import optimal_dtype
-from megatron_ledom.data.manifest import REVERSE_UNITS, Manifest
+from megatron_ledom.data.manifest import PARTS, REVERSE_UNITS, Manifest, PairRecord
 from megatron_ledom.data.merge import check_not_there, dataset_prefixes, finish_publishing, merge_shards
+from megatron_ledom.data.pairs import SIDECAR
 from megatron_ledom.data.sentences import SAMPLE_BYTES, SentenceSplitter, load_splitter, train_splitter
 from megatron_ledom.data.shards import WorkFolder
 from megatron_ledom.data.sources import TEXT_UNITS, Slice, Source, cut_sources, find_sources, read_slice
@@ -47,6 +48,9 @@ class PreprocessConfig:
         reverse_unit: what is reversed: the "token"s of a document, or its "sentence"s, tokens inside in order.
         punkt: with sentences: "train" learns where they end from the corpus; else a file of Punkt parameters.
         text_unit: what a document of a text file is: "file", "line" or "paragraph".
+        pairs: the two `json_keys` are question and answer, and become one dataset, `PREFIX_pairs_document`, of which
+            this is the record; see `pairs.py`.
+        max_tokens: of pairs: a longer one, one boundary counted, is a bad record.
         append_eod: close every document with the end-of-document id.
         on_bad_record: "fail" at the first one, or "skip" and list them.
         max_bad_records: with "skip": fail when there are more; None for any number.
@@ -69,6 +73,8 @@ class PreprocessConfig:
     reverse_unit: str = "token"
     punkt: str = "train"
     text_unit: str = "file"
+    pairs: PairRecord | None = None
+    max_tokens: int | None = None
     append_eod: bool = False
     on_bad_record: str = "fail"
     max_bad_records: int | None = None
@@ -81,8 +87,13 @@ class PreprocessConfig:
 
     @property
     def prefixes(self) -> list[str]:
-        """The datasets to be written, in the order of `json_keys`; Megatron's names."""
-        return dataset_prefixes(self.output_prefix, self.json_keys)
+        """The datasets to be written, in the order of `outputs`; Megatron's names."""
+        return dataset_prefixes(self.output_prefix, self.outputs)
+
+    @property
+    def outputs(self) -> list[str]:
+        """What distinguishes the names of the datasets."""
+        return list(self.json_keys) if self.pairs is None else [SIDECAR]
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the tokenizer that the fields name."""
@@ -132,6 +143,8 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
         append_eod=config.append_eod,
         dtype=optimal_dtype(tokenizer.vocab_size),
         max_bad_records=_bad_limit(config),
+        pairs=config.pairs,
+        max_tokens=config.max_tokens,
         folder=work,
         tokenizer=tokenizer,
         encoder=encoder,
@@ -167,6 +180,10 @@ def check_config(config: PreprocessConfig) -> None:
             raise UsageError(f"{flag} must be one of {', '.join(known)}, found {value}")
     if config.reverse_unit == "sentence" and config.direction is not Direction.REVERSE:
         raise UsageError("--reverse-unit sentence goes with --direction reverse: a forward file reverses nothing")
+    if config.pairs is not None and config.pairs.loss_on not in PARTS:
+        raise UsageError(f"--loss-on must be one of {', '.join(PARTS)}, found {config.pairs.loss_on}")
+    if config.max_tokens is not None and config.max_tokens < 3:
+        raise UsageError(f"--max-tokens must be at least 3 (boundary, question, answer), found {config.max_tokens}")
     if config.max_bad_records is not None and (config.max_bad_records < 0 or config.on_bad_record == "fail"):
         raise UsageError("--max-bad-records takes a number from 0 on, and goes with --on-bad-record skip")
     if (config.shard_index is None) != (config.num_shards is None):
@@ -208,7 +225,7 @@ def _plan(
             for s in sources
         ],
         "text_unit": config.text_unit,
-        "json_keys": list(config.json_keys),
+        "json_keys": config.outputs,
         "tokenizer": {
             "type": tokenizer.type,
             "model": str(Path(str(model)).resolve()),
@@ -221,6 +238,8 @@ def _plan(
         "reverse_unit": config.reverse_unit,
         "punkt": None if splitter is None else splitter.parameters,
         "append_eod": config.append_eod,
+        "pairs": None if config.pairs is None else asdict(config.pairs),
+        "max_tokens": config.max_tokens,
         "max_bad_records": _bad_limit(config),
         "shard_bytes": shard_bytes,
         "shards": [[list(part) for part in shard] for shard in shards],

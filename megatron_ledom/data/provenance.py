@@ -55,7 +55,7 @@ class SampleOrigin:
         prefix: the dataset.
         sample: its number in the stream of that dataset.
         epoch: the epoch of the dataset in which it ends, from 0; None in Megatron's order, which mixes them.
-        parts: its documents, in the order of the stream; `--seq-length` + 1 ids together.
+        parts: its documents, in the order of the stream; `--seq-length` + 1 ids together, of pairs fewer.
     """
 
     position: int
@@ -91,6 +91,10 @@ class Tracer:
             source = self._dataset.datasets[int(self._dataset.dataset_index[position])]
         prefix, sample = source.dataset_path, int(source.shuffle_index[index])
         epoch = None
+        if hasattr(source, "documents_of"):  # whole pairs
+            return SampleOrigin(
+                position, prefix, sample, index // (len(source.sample_index) - 1), [*self._pairs(source, sample)]
+            )
         if source.config.data_order == order.EPOCHS:
             if prefix not in self._tokens_per_epoch:
                 lengths = source.dataset.sequence_lengths[source.indices]
@@ -98,9 +102,11 @@ class Tracer:
             epoch = order.epoch_of_sample(sample, self._tokens_per_epoch[prefix], source.config.sequence_length)
         return SampleOrigin(position, prefix, sample, epoch, list(self._parts(source, sample)))
 
+    def _pairs(self, source: Any, sample: int) -> Iterator[DocumentPart]:
+        for document in source.documents_of(sample):
+            yield self._part(source, document, 0, int(source.dataset.sequence_lengths[document]))
+
     def _parts(self, source: Any, sample: int) -> Iterator[DocumentPart]:
-        checked = self._datasets[source.dataset_path]
-        files = self._sources.setdefault(checked.prefix, _Sources(checked.prefix))
         (first, first_offset), (last, last_offset) = source.sample_index[sample : sample + 2].tolist()
         extra = int(source.config.add_extra_token_to_sequence)
         for place in range(first, last + 1):
@@ -110,17 +116,22 @@ class Tracer:
             end = last_offset + extra if place == last else num_tokens
             if end == start:  # an empty document
                 continue
-            file, row = files.locate(document)
-            yield DocumentPart(
-                document=document,
-                num_tokens=num_tokens,
-                model_range=(start, end),
-                natural_range=natural_range(start, end, num_tokens - checked.is_closed, checked.read_as),
-                has_eod=checked.is_closed and end == num_tokens,
-                source=file,
-                row=row,
-                ids=source.dataset.get(document, offset=start, length=end - start).tolist(),
-            )
+            yield self._part(source, document, start, end)
+
+    def _part(self, source: Any, document: int, start: int, end: int) -> DocumentPart:
+        checked = self._datasets[source.dataset_path]
+        num_tokens = int(source.dataset.sequence_lengths[document])
+        file, row = self._sources.setdefault(checked.prefix, _Sources(checked.prefix)).locate(document)
+        return DocumentPart(
+            document=document,
+            num_tokens=num_tokens,
+            model_range=(start, end),
+            natural_range=natural_range(start, end, num_tokens - checked.is_closed, checked.read_as),
+            has_eod=checked.is_closed and end == num_tokens,
+            source=file,
+            row=row,
+            ids=source.dataset.get(document, offset=start, length=end - start).tolist(),
+        )
 
 
 def natural_range(start: int, end: int, num_ids: int, direction: Direction) -> tuple[int, int]:

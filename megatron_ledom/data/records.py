@@ -93,7 +93,10 @@ def _text_of(record: dict[str, Any], key: str) -> str:
         text = record[key]
     except KeyError:
         found = ", ".join(repr(k) for k in list(record)[:8]) or "none"
-        raise BadRecord(f"no key {key!r} (keys found: {found}); name the right one with --json-keys") from None
+        raise BadRecord(
+            f"no key {key!r} (keys found: {found}); name the right one with --json-keys (of pairs: --question-key and "
+            "--answer-key)"
+        ) from None
     if type(text) is not str:
         if isinstance(text, BadRecord):
             raise text

@@ -48,6 +48,7 @@ SUPERSEDED_BY: dict[str, tuple[str, ...]] = {
     "test_data_path": ("split",),
     "per_split_data_args_path": ("split",),
     "reset_attention_mask": ("create_attention_mask_in_dataloader",),  # such a mask has to come from the loader
+    "pack_pairs": ("create_attention_mask_in_dataloader",),
 }
 
 MODEL_ARGUMENTS: tuple[str, ...] = (
@@ -140,6 +141,12 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
         default=4.0,
         metavar="N",
         help="warn of a source that is read more than N times (default: 4)",
+    )
+    group.add_argument(
+        "--pack-pairs",
+        action="store_true",
+        help="of pairs (tools/preprocess_pairs.py): as many as fit into a sample, each seeing itself alone. Without it "
+        "a sample is one pair and padding",
     )
     group.add_argument(
         "--data-report-only",
@@ -333,12 +340,13 @@ def _check_wired(args: argparse.Namespace) -> None:
             f"--context-parallel-size {args.context_parallel_size} is not supported by this tool: batches are not cut "
             "over context-parallel ranks. Use tensor, pipeline and data parallelism"
         )
-    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
-        raise UsageError("--reset-attention-mask does nothing with --no-create-attention-mask-in-dataloader: drop one")
-    if args.reset_attention_mask and args.transformer_impl != "local":
-        raise UsageError(
-            "--reset-attention-mask needs --transformer-impl local: Transformer Engine's causal attention takes no mask"
-        )
+    for flag, is_asked in (("--reset-attention-mask", args.reset_attention_mask), ("--pack-pairs", args.pack_pairs)):
+        if is_asked and not args.create_attention_mask_in_dataloader:
+            raise UsageError(f"{flag} does nothing with --no-create-attention-mask-in-dataloader: drop one")
+        if is_asked and args.transformer_impl != "local":
+            raise UsageError(
+                f"{flag} needs --transformer-impl local: Transformer Engine's causal attention takes no mask"
+            )
 
 
 def _check_data(args: argparse.Namespace) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 from megatron_ledom.data import order
 from megatron_ledom.data.blend import BlendSource, count_text, format_plan, plan_blend
 from megatron_ledom.data.dataset import CheckedDataset, sequence_lengths
+from megatron_ledom.data.pairs import pack
+from megatron_ledom.direction import Direction
 from megatron_ledom.engine.budget import budget_steps, check_budget, parse_budgets
 from megatron_ledom.errors import UsageError
 from megatron_ledom.log import get_logger
@@ -84,9 +86,20 @@ def train_sources(args: argparse.Namespace, datasets: Datasets, data_order: str)
     tokens = [_split_tokens(prefix, share) for prefix in prefixes]
     given: Sequence[float] = [float(t) for t in tokens] if weights is None else weights
     return [
-        BlendSource(prefix, weight, count, budgets.get(prefix))
+        BlendSource(prefix, weight, count, budgets.get(prefix), _num_samples(args, datasets.get(prefix), share))
         for prefix, weight, count in zip(prefixes, given, tokens, strict=True)
     ]
+
+
+def _num_samples(args: argparse.Namespace, dataset: CheckedDataset | None, share: float) -> int | None:
+    """Samples of whole pairs in the training split; None where samples are cut out of a stream."""
+    if dataset is None or dataset.pairs is None:
+        return None
+    lengths = sequence_lengths(dataset.prefix)
+    lengths = lengths[: round(share * float(len(lengths)))]
+    if not args.pack_pairs or int(lengths.max(initial=0)) > args.seq_length:  # the dataset will refuse what is too long
+        return len(lengths)
+    return len(pack(lengths, args.seq_length))
 
 
 def train_share(split: str) -> float:
@@ -173,6 +186,9 @@ def build_dataset_config(args: argparse.Namespace, datasets: Datasets, tokenizer
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         sequences_per_dataset=_read_sequences_per_dataset(args.per_dataset_sequences_path),
         data_order=args.data_order,
+        pairs={prefix: dataset.pairs for prefix, dataset in datasets.items() if dataset.pairs is not None},
+        pair_direction=Direction(args.direction),
+        pack_pairs=args.pack_pairs,
         turned={prefix: dataset.is_closed for prefix, dataset in datasets.items() if dataset.is_turned},
         identities={prefix: identity(dataset) for prefix, dataset in datasets.items()},
     )

@@ -22,6 +22,7 @@ from megatron_ledom.direction import Direction, check_same_direction
 from megatron_ledom.errors import CheckpointError, TokenizerMismatchError, UsageError
 from megatron_ledom.log import get_logger
 from megatron_ledom.train.datasets import data_prefixes
+from megatron_ledom.train.pairs import check_pairs
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def check_run(args: argparse.Namespace) -> RunFacts:
             vocab_size=tokenizer.vocab_size,
         )
         datasets = dict(zip(prefixes, found, strict=True))
+    check_pairs(args, datasets)
     checkpoints = {
         flag: check_checkpoint(flag, path, step=args.ckpt_step, direction=direction, fingerprint=fingerprint)
         for flag, path in _checkpoints_to_load(args)

@@ -92,6 +92,9 @@ def describe_order(args: argparse.Namespace, datasets: Datasets) -> Record:
             for source in sources
         ],
     }
+    if any(dataset.pairs for dataset in datasets.values()):
+        record["--pack-pairs"] = args.pack_pairs
+        record["loss on"] = [d.pairs and d.pairs.loss_on for d in datasets.values()]
     if args.data_order == order.MEGATRON:
         record["megatron_epochs"] = _megatron_epochs(args, [s.weight for s in sources], [s.num_tokens for s in sources])
     if record["--dataloader-type"] == "cyclic":  # Megatron's sampler permutes the whole dataset, divided among ranks

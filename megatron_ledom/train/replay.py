@@ -121,6 +121,7 @@ def _settings(launch: Launch) -> argparse.Namespace:
     args = argparse.Namespace(**vars(launch.args))
     args.data_order = getattr(args, "data_order", None) or order.MEGATRON
     args.data_budget = getattr(args, "data_budget", None)
+    args.pack_pairs = getattr(args, "pack_pairs", False)
     if args.mock_data:
         raise UsageError("the run was trained on --mock-data: there are no documents behind it")
     if args.rampup_batch_size:

@@ -18,6 +18,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -142,4 +143,5 @@ def _describe_dataset(dataset: CheckedDataset) -> dict[str, Any]:
         "tokens": dataset.num_tokens,
         "bin_bytes": dataset.bin_bytes,
         "bin_sha256": dataset.bin_sha256,
+        "pairs": dataset.pairs and asdict(dataset.pairs),
     }

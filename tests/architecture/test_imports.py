@@ -38,8 +38,8 @@ SAME_LEVEL = {
 }
 # For tests and examples only; it uses nothing of the rest, so that it can judge it.
 FREE_STANDING = "testing"
-# One module of data: its classes derive from Megatron's dataset.
-MEGATRON_ROOMS = {"engine", "model", "checkpoint", "train", "data.megatron_dataset"}
+# Two modules of data: their classes derive from Megatron's dataset.
+MEGATRON_ROOMS = {"engine", "model", "checkpoint", "train", "data.megatron_dataset", "data.megatron_pairs"}
 HEAVY = ("torch", "transformers", "megatron", "tensorboard", "matplotlib", "pandas", "scipy", "sklearn")
 
 

@@ -134,7 +134,7 @@ def test_a_manifest_comes_back_as_it_was_saved_and_unknown_fields_are_left_alone
 @pytest.mark.parametrize(
     ("fields", "kind", "message"),
     [
-        ({"format_version": 3}, InputError, "has format 3, this version reads up to 2"),
+        ({"format_version": 4}, InputError, "has format 4, this version reads up to 3"),
         ({"format_version": "removed"}, InputError, "no format_version"),
         ({"direction": "sideways"}, DirectionError, "field 'direction' says direction 'sideways'"),
         ({"direction": "removed"}, InputError, "lacks direction"),

@@ -128,6 +128,7 @@ def arguments(**changes: object) -> argparse.Namespace:
         "data_budget": None,
         "data_report_only": False,
         "reset_attention_mask": False,
+        "pack_pairs": False,
         "create_attention_mask_in_dataloader": False,
     }
     return argparse.Namespace(**(values | changes))
@@ -156,6 +157,10 @@ REFUSALS = {
     "another model": ({"hybrid_layer_pattern": "M*"}, "--hybrid-layer-pattern is not supported by this tool"),
     "another dataset": ({"sft": True}, "--sft is not supported by this tool: conversations are not a dataset here"),
     "context parallelism": ({"context_parallel_size": 2}, "--context-parallel-size 2 is not supported by this tool"),
+    "packed pairs that nothing keeps apart": (
+        {"pack_pairs": True, "create_attention_mask_in_dataloader": True, "transformer_impl": "transformer_engine"},
+        "--pack-pairs needs --transformer-impl local",
+    ),
     "a mask that nothing makes": ({"reset_attention_mask": True}, "--reset-attention-mask does nothing with"),
     "a mask that nothing reads": (
         {
