@@ -23,6 +23,7 @@ from runner import Runner, Step
 from steps import TrainingProgress
 
 TOKENIZER_SAMPLE = 20_000  # problems that the tokenizer is trained on
+CONTEXT_TOKENS = 256  # of the preset `tiny`; the longest problem with its solution has about 165
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Settings:
         held_out_share: share of them that chooses lambda and normalisation.
         num_samples: N, the answers sampled to each of them.
         temperature: of the samples.
+        answer_tokens: longest answer.
         largest_number: of a problem and its solution.
         longest_chars: of a problem with its solution.
         vocab_size: entries of the tokenizer.
@@ -51,13 +53,14 @@ class Settings:
     held_out_share: float = 0.2
     num_samples: int = 16
     temperature: float = 1.0
+    answer_tokens: int = 128
     largest_number: int = 200
     longest_chars: int = 330
     vocab_size: int = 1024
     num_layers: int = 4
     hidden_size: int = 192
     train_iters: int = 1_700
-    tune_iters: int = 400
+    tune_iters: int = 900
     batch: int = 8
 
     def model_flags(self) -> list[object]:
@@ -83,20 +86,26 @@ class Experiment:
         """Every step, in order; the seconds were measured on one of two busy cores."""
         steps = [
             Step("problems", "draw problems and train the tokenizer", self.draw, 20),
-            Step("preprocess", "text to reversed ids", self.preprocess, 10),
+            Step("preprocess", "text to reversed ids, pairs for the fine-tuning", self.preprocess, 10),
         ]
         for seed in self.seeds:
             steps += self._plan_seed(seed)
-        return steps
+        names = "-".join(map(str, self.seeds))
+        title = "compare every way of choosing, over all seeds"
+        return [*steps, Step(f"evaluate-{names}", title, self.evaluate, 15 * len(self.seeds))]
 
     def _plan_seed(self, seed: int) -> list[Step]:
         def of(work: Callable[[int], str]) -> Callable[[], str]:
             return lambda: work(seed)
 
-        iters = self.settings.train_iters
+        iters, tune = self.settings.train_iters, self.settings.tune_iters
+        num_answers = self.settings.num_problems * (self.settings.num_samples + 1)
         return [
             Step(f"twins-{seed}", f"seed {seed}: train forward and reverse twin", of(self.train_twins), 0.9 * iters),
             Step(f"convert-{seed}", f"seed {seed}: twins to Hugging Face", of(self.convert_twins), 30),
+            Step(f"sample-{seed}", f"seed {seed}: answer the unseen problems", of(self.sample), 0.03 * num_answers),
+            Step(f"tune-{seed}", f"seed {seed}: fine-tune the reverse twin on questions", of(self.tune), 0.5 * tune),
+            Step(f"rank-{seed}", f"seed {seed}: score all answers", of(self.rank), 0.03 * num_answers),
         ]
 
     def draw(self) -> str:
@@ -117,7 +126,13 @@ class Experiment:
             *("--input", self.data / "text.jsonl", "--output-prefix", self.data / "reverse"),
             *("--append-eod", "--overwrite", *self._tokenizer_flags()),
         )
-        return output.splitlines()[1].strip()
+        pairs = self._tool(
+            "preprocess_pairs.py",
+            *("--input", self.data / "tuning.jsonl", "--answer-key", "solution", "--separator", SEPARATOR),
+            *("--output-prefix", self.data / "tuning", "--max-tokens", CONTEXT_TOKENS, "--overwrite"),
+            *self._tokenizer_flags(),
+        )
+        return f"{output.splitlines()[1].strip()}; {pairs.strip().splitlines()[-1].partition(': ')[2]}"
 
     def train_twins(self, seed: int) -> str:
         """Run tools/pretrain.py in both directions, at the same time where there are cores for it."""
@@ -130,6 +145,60 @@ class Experiment:
         for direction in Direction:
             self._convert(seed, direction)
         return f"{self._of(seed)}/hf"
+
+    def sample(self, seed: int) -> str:
+        """Run tools/sample_answers.py with the forward twin."""
+        s = self.settings
+        printed = self._tool(
+            "sample_answers.py",
+            *("--model", self._of(seed) / "hf/forward", "--input", self.data / "problems.jsonl"),
+            *("--output", self._of(seed) / "candidates.jsonl", "--separator", SEPARATOR, "--overwrite"),
+            *("--num-samples", s.num_samples, "--temperature", s.temperature, "--seed", 1000 * seed),
+            *("--max-new-tokens", s.answer_tokens, "--batch-rows", 256),
+        )
+        return printed.strip().rpartition(": ")[2]
+
+    def tune(self, seed: int) -> str:
+        """Run tools/pretrain.py on the reverse twin's weights, with the loss on the questions; then export it."""
+        s = self.settings
+        progress = TrainingProgress(s.tune_iters)
+        self._runner.command(
+            torchrun_command(
+                "pretrain.py",
+                1,
+                [
+                    *("--preset", "tiny", "--device", "cpu", "--seed", seed, "--run-dir", self._of(seed) / "scorer"),
+                    *("--pretrained-checkpoint", self._of(seed) / "reverse/checkpoints", "--pack-pairs"),
+                    *("--data-path", self.data / "tuning_pairs_document"),
+                    *(*self._tokenizer_flags(), *s.model_flags()),
+                    *("--micro-batch-size", s.batch, "--global-batch-size", s.batch, "--train-iters", s.tune_iters),
+                    *("--lr", 3e-4, "--min-lr", 3e-5, "--eval-interval", 500, "--save-interval", 500),
+                ],
+            ),
+            show=progress,
+        )
+        self._convert(seed, "scorer")
+        return f"loss on questions {progress.loss:.3f}{progress.validation_loss}"
+
+    def rank(self, seed: int) -> str:
+        """Run tools/rerank.py with the fine-tuned scorer, and again with the reverse twin as it was before."""
+        folder = self._of(seed)
+        flags = ("--separator", SEPARATOR, "--overwrite")
+        forward = ("--forward-model", folder / "hf/forward", "--input", folder / "candidates.jsonl")
+        tuned, untuned = folder / "ranked.jsonl", folder / "ranked-untuned.jsonl"
+        self._tool("rerank.py", *flags, "--reverse-model", folder / "hf/scorer", *forward, "--output", tuned)
+        # The forward scores are in the file by now.
+        carried = ("--input", tuned, "--output", untuned)
+        return self._tool("rerank.py", *flags, "--reverse-model", folder / "hf/reverse", *carried).strip()
+
+    def evaluate(self) -> str:
+        """Run tools/evaluate_rerank.py over all seeds, with both scorers."""
+        for name in ("ranked-untuned", "ranked"):
+            files = [self._of(seed) / f"{name}.jsonl" for seed in self.seeds]
+            flags = ("--held-out-share", self.settings.held_out_share, "--overwrite")
+            table = self._tool("evaluate_rerank.py", "--input", *files, "--output", self.folder / name, *flags)
+        print(table, flush=True)
+        return f"{self.folder / 'ranked.md'}, .json and .png, and the same of ranked-untuned"
 
     def _train(self, seed: int, direction: Direction) -> str:
         iters = self.settings.train_iters

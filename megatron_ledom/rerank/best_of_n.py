@@ -97,7 +97,8 @@ class RankedCandidate:
             **self.candidate.extra,
             "text": self.candidate.text,
             "rank": rank,
-            "index": self.index,
+            # A file that is ranked again keeps the order in which its answers were drawn.
+            "index": self.candidate.extra.get("index", self.index),
             "reward": self.reward,
             FORWARD_LOGPROB: forward and forward.logprob,
             NUM_FORWARD_TOKENS: forward and forward.num_tokens,

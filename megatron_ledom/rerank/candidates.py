@@ -52,7 +52,7 @@ class Question:
 
     Attributes:
         text: the question.
-        candidates: in the order of the file, one or more.
+        candidates: in the order of the file, one or more; none where it is still to be answered.
         where: file and line, for messages.
         record: the line as it was read, without the candidates.
     """
@@ -77,11 +77,33 @@ def read_questions(path: str | Path) -> list[Question]:
     return questions
 
 
-def _read_question(record: dict[str, Any], where: str) -> Question:
+def read_unanswered(path: str | Path) -> list[Question]:
+    """Read a file of questions that are to be answered: as `read_questions`, without candidates.
+
+    Raises:
+        InputError: as `read_questions`; or a line has answers already.
+    """
+    questions = []
+    for number, record in read_records(path):
+        where = f"{path}, line {number}"
+        taken = [key for key in CANDIDATE_KEYS if key in record]
+        if taken:
+            raise InputError(f"{where}: there are answers already, under {taken[0]!r}. Remove them, or rank them")
+        questions.append(Question(_read_text(record, where), (), where, record))
+    if not questions:
+        raise InputError(f"{path} has no question. One JSON object a line is needed, see docs/reverse_reward.md")
+    return questions
+
+
+def _read_text(record: dict[str, Any], where: str) -> str:
     present = [key for key in QUESTION_KEYS if key in record]
     if len(present) == 2:
         raise InputError(f"{where}: both 'question' and 'prompt' are there. Keep one")
-    text = read_text_field(record, present[0] if present else QUESTION_KEYS[0], where)
+    return read_text_field(record, present[0] if present else QUESTION_KEYS[0], where)
+
+
+def _read_question(record: dict[str, Any], where: str) -> Question:
+    text = _read_text(record, where)
     key = _find_candidates(record, where)
     entries = record[key]
     if not isinstance(entries, list) or not entries:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import InputError
-from megatron_ledom.inference.files import check_output, open_output, read_records, read_text_field
+from megatron_ledom.inference.files import check_output, open_output
 from megatron_ledom.inference.folder import check_direction, load_record
 from megatron_ledom.inference.sampling import Sampling
 from megatron_ledom.log import Progress
-from megatron_ledom.rerank.candidates import CANDIDATE_KEYS, GREEDY_MARK, QUESTION_KEYS
+from megatron_ledom.rerank.candidates import GREEDY_MARK, Question, read_unanswered
 
 if TYPE_CHECKING:  # torch comes with it
     from megatron_ledom.inference.model import ForwardLM
@@ -79,33 +79,31 @@ def sample_file(
         OutputExistsError: the output exists and `overwrite` is not set.
     """
     check_output(output, overwrite=overwrite)
-    records = [(record, *_read_question(record, f"{source}, line {n}")) for n, record in read_records(source)]
-    if not records:
-        raise InputError(f"{source} has no question. One JSON object a line is needed, see docs/reverse_reward.md")
+    questions = read_unanswered(source)
     check_direction(load_record(settings.model), Direction.FORWARD)
     from megatron_ledom.inference.model import ForwardLM
 
     lm = ForwardLM.load(settings.model, device=settings.device)
     num_answers = settings.sampling.num_samples + settings.greedy
-    progress = Progress("sample", num_answers * len(records), "answers")
+    progress = Progress("sample", num_answers * len(questions), "answers")
     num_blank = 0
     with open_output(output) as file:
-        for start in range(0, len(records), QUESTIONS_PER_BLOCK):
-            block = records[start : start + QUESTIONS_PER_BLOCK]
-            for (record, _, where), answers in zip(block, _answer(lm, block, start, settings, progress), strict=True):
+        for start in range(0, len(questions), QUESTIONS_PER_BLOCK):
+            block = questions[start : start + QUESTIONS_PER_BLOCK]
+            for question, answers in zip(block, _answer(lm, block, start, settings, progress), strict=True):
                 kept = [answer for answer in answers if answer["text"].strip()]
                 num_blank += len(answers) - len(kept)
                 if not kept:
-                    raise InputError(f"{where}: the model wrote only blank answers, {len(answers)} of them")
-                line = {**record, "candidates": kept, "sampled": settings.describe()}
+                    raise InputError(f"{question.where}: the model wrote only blank answers, {len(answers)} of them")
+                line = {**question.record, "candidates": kept, "sampled": settings.describe()}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     progress.close()
-    return len(records), num_blank
+    return len(questions), num_blank
 
 
 def _answer(
     lm: ForwardLM,
-    block: Sequence[tuple[dict[str, Any], str, str]],
+    block: Sequence[Question],
     start: int,
     settings: GenerationSettings,
     progress: Progress,
@@ -122,23 +120,12 @@ def _answer(
     for kind, mark in kinds:
         written = continue_texts(
             lm,
-            [question + settings.separator for _, question, _ in block],
+            [question.text + settings.separator for question in block],
             kind,
             batch_rows=settings.batch_rows,
             on_batch=progress.update,
-            what=lambda index: block[index][2],
+            what=lambda index: block[index].where,
         )
         for row, continuations in zip(answers, written, strict=True):
             row += [{"text": c.text, "finished": c.finished, **mark} for c in continuations]
     return answers
-
-
-def _read_question(record: dict[str, Any], where: str) -> tuple[str, str]:
-    """The question of a line that has no answers yet, and the line's name."""
-    present = [key for key in QUESTION_KEYS if key in record]
-    if len(present) == 2:
-        raise InputError(f"{where}: both 'question' and 'prompt' are there. Keep one")
-    taken = [key for key in CANDIDATE_KEYS if key in record]
-    if taken:
-        raise InputError(f"{where}: there are answers already, under {taken[0]!r}. Remove them, or rank them")
-    return read_text_field(record, present[0] if present else QUESTION_KEYS[0], where), where

@@ -157,7 +157,7 @@ def _read_row(
     written = new_ids[:end]
     text = _text_after(lm, prompt, written)
     cut = None if find_end is None else find_end(text)
-    if cut is not None and cut < len(text):
+    if cut is not None:  # then generate filled the row up with a stop id that the model did not write
         return Continuation(text[:cut], len(written), finished=False)
     return Continuation(text, len(written), finished=end is not None)
 
