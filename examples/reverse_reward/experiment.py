@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from plan import Experiment, Settings
-from runner import Runner
+from settings import Settings
 
 from megatron_ledom.errors import UsageError, run_cli
 from megatron_ledom.log import format_seconds
@@ -72,6 +72,10 @@ def main(argv: list[str]) -> int:
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     folder = args.output.resolve()
     open_folder(folder, settings)
+    sys.path.append(str(REPOSITORY / "examples/quickstart"))
+    from plan import Experiment
+    from runner import Runner
+
     started = time.monotonic()
     runner = Runner(folder, environment=tool_environment())
     runner.run_plan(Experiment(folder, settings, args.seeds, runner, args.jobs).plan())

@@ -36,7 +36,10 @@ from megatron_ledom.rerank.strategies import (
     draw_sets,
 )
 
-LAMBDAS = tuple(round(0.05 * step, 2) for step in range(21))
+LAMBDAS = (
+    *(0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45),
+    *(0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0),
+)
 COMPARED_WITH = (FORWARD, MAJORITY, GREEDY)
 MIN_PROBLEMS = 10
 """On each side of the split: fewer choose nothing and show nothing."""
@@ -257,6 +260,7 @@ def _describe_run(run: Outcomes, choices: dict[int, Choice], problems: Sequence[
         "num_problems": len(problems),
         "num_held_out": len(run.problems) - len(problems),
         "num_samples": run.num_samples,
+        "num_missing": run.num_missing,
         "ranked_with": run.settings,
         "chosen": {str(size): choice.to_record() for size, choice in choices.items()},
     }

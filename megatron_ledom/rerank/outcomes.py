@@ -21,6 +21,9 @@ from megatron_ledom.rerank.candidates import GREEDY_MARK, Candidate, Question, r
 from megatron_ledom.rerank.carried import FORWARD_LOGPROB, NUM_FORWARD_TOKENS
 from megatron_ledom.rerank.reward import Normalize
 
+MISSING = -1e12
+"""Score of a sample that is not there (a blank answer is left out when it is drawn): wrong, and never preferred."""
+
 
 @dataclass(frozen=True)
 class Outcomes:
@@ -35,6 +38,7 @@ class Outcomes:
             where every candidate says its tokens); float64 [P, N].
         reverse: log P_R(question given answer), likewise.
         greedy_right: 1 or 0, nan where no candidate is marked greedy; float64 [P].
+        num_missing: samples that a question has fewer than the one with most; they count as wrong.
         settings: `reverse_reward` of the first line: how the file was ranked.
     """
 
@@ -45,6 +49,7 @@ class Outcomes:
     forward: dict[Normalize, np.ndarray]
     reverse: dict[Normalize, np.ndarray]
     greedy_right: np.ndarray
+    num_missing: int
     settings: dict[str, Any]
 
     @property
@@ -67,41 +72,48 @@ def read_outcomes(path: Path, checker: AnswerChecker, *, answer_field: str = "an
         answer_field: where a line has its gold answer.
 
     Raises:
-        InputError: a malformed line, no gold answer, a candidate without a score, fewer than two samples.
+        InputError: a malformed line, no gold answer, a candidate without a score, nowhere two samples.
     """
     questions = read_questions(path)
-    progress = Progress(f"check {path.name}", len(questions), "questions")
-    samples: list[list[Candidate]] = []
-    greedy: list[float] = []
-    right, groups = [], []
-    num_samples = min(len(_sampled(question)) for question in questions)
+    samples = [_sampled(question) for question in questions]
+    num_samples = max(map(len, samples))
     if num_samples < 2:
-        raise InputError(f"{path}: a question has {num_samples} samples. Two or more are needed to choose among")
-    for question in questions:
-        if answer_field not in question.record:
-            known = ", ".join(map(repr, question.record))
-            raise InputError(f"{question.where}: no field {answer_field!r} with the gold answer; fields found: {known}")
-        gold = checker.check_gold(question.record[answer_field], f"{question.where}: field {answer_field!r}")
-        chosen = _sampled(question)[:num_samples]
+        raise InputError(f"{path}: no question has two samples or more, so that there is nothing to choose among")
+    progress = Progress(f"check {path.name}", len(questions), "questions")
+    right = np.zeros((len(questions), num_samples), dtype=bool)
+    groups = np.full((len(questions), num_samples), -1)
+    greedy_right = np.full(len(questions), np.nan)
+    for row, (question, chosen) in enumerate(zip(questions, samples, strict=True)):
+        gold = _read_gold(question, checker, answer_field)
         answers = [checker.find(c.text) for c in chosen]
-        samples.append(chosen)
-        right.append([checker.is_equal(gold, answer) for answer in answers])
-        groups.append(checker.group(answers))
-        marked = [c for c in question.candidates if c.extra.get(GREEDY_MARK) is True]
-        greedy.append(float(checker.is_equal(gold, checker.find(marked[0].text))) if marked else np.nan)
+        right[row, : len(chosen)] = [checker.is_equal(gold, answer) for answer in answers]
+        groups[row, : len(chosen)] = checker.group(answers)
+        for candidate in question.candidates:
+            if candidate.extra.get(GREEDY_MARK) is True:
+                greedy_right[row] = checker.is_equal(gold, checker.find(candidate.text))
         progress.update(1)
     progress.close()
     settings = questions[0].record.get("reverse_reward")
     return Outcomes(
         path=path,
         problems=tuple(question.text for question in questions),
-        right=np.array(right),
-        groups=np.array(groups),
+        right=right,
+        groups=groups,
         forward=_scores(samples, "forward", [[len(c.text) for c in row] for row in samples]),
-        reverse=_scores(samples, "reverse", [[len(q.text)] * num_samples for q in questions]),
-        greedy_right=np.array(greedy),
+        reverse=_scores(
+            samples, "reverse", [[len(q.text)] * len(row) for q, row in zip(questions, samples, strict=True)]
+        ),
+        greedy_right=greedy_right,
+        num_missing=num_samples * len(questions) - sum(map(len, samples)),
         settings=settings if isinstance(settings, dict) else {},
     )
+
+
+def _read_gold(question: Question, checker: AnswerChecker, answer_field: str) -> str:
+    if answer_field not in question.record:
+        known = ", ".join(map(repr, question.record))
+        raise InputError(f"{question.where}: no field {answer_field!r} with the gold answer; fields found: {known}")
+    return checker.check_gold(question.record[answer_field], f"{question.where}: field {answer_field!r}")
 
 
 def _sampled(question: Question) -> list[Candidate]:
@@ -114,11 +126,19 @@ def _scores(
     samples: Sequence[Sequence[Candidate]], direction: str, num_chars: Sequence[Sequence[int]]
 ) -> dict[Normalize, np.ndarray]:
     """Log-probabilities under every normalisation that is possible; float64 [P, N] each."""
-    total = np.array([[_number(c, f"{direction}_logprob") for c in row] for row in samples])
-    scores = {Normalize.NONE: total, Normalize.CHAR: total / np.array(num_chars)}
-    if all(_field(c, f"num_{direction}_tokens") is not None for row in samples for c in row):
-        tokens = np.array([[_number(c, f"num_{direction}_tokens") for c in row] for row in samples])
-        scores[Normalize.TOKEN] = total / tokens
+    candidates = [c for row in samples for c in row]
+    total = np.array([_number(c, f"{direction}_logprob") for c in candidates])
+    lengths = {
+        Normalize.NONE: np.ones(len(candidates)),
+        Normalize.CHAR: np.array([n for row in num_chars for n in row]),
+    }
+    if all(_field(c, f"num_{direction}_tokens") is not None for c in candidates):
+        lengths[Normalize.TOKEN] = np.array([_number(c, f"num_{direction}_tokens") for c in candidates])
+    shape = (len(samples), max(map(len, samples)))
+    is_there = np.arange(shape[1]) < np.array([[len(row)] for row in samples])
+    scores = {normalize: np.full(shape, MISSING) for normalize in lengths}
+    for normalize, length in lengths.items():
+        scores[normalize][is_there] = total / length
     return scores
 
 

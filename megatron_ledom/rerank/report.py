@@ -54,6 +54,9 @@ def _format_head(report: Mapping[str, Any]) -> str:
         f"{report['num_sets']} random sets of samples. Intervals: paired bootstrap over problems, "
         f"{report['num_resamples']:,} resamples."
     )
+    missing = sum(run["num_missing"] for run in runs)
+    if missing:
+        text += f" Samples missing from the files, which count as wrong: {missing}."
     if GREEDY not in report["strategies"]:
         text += ' No greedy baseline: not every question has a candidate with "greedy": true.'
     return text
