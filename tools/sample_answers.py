@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random draw (default: %(default)s)")
     parser.add_argument("--separator", default="", help="text put after each question, e.g. $'\\n' (default: none)")
+    parser.add_argument("--stop-pattern", metavar="REGEX", help="an answer ends with the first match, e.g. $'\\n'")
     parser.add_argument("--no-greedy", action="store_true", help="leave the greedy answer out")
     parser.add_argument("--batch-rows", type=int, default=128, help="answers grown at a time (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: %(default)s)")
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> int:
         model=args.model,
         sampling=sampling,
         separator=args.separator,
+        stop_pattern=args.stop_pattern,
         greedy=not args.no_greedy,
         batch_rows=args.batch_rows,
         device=args.device,

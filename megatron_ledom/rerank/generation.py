@@ -15,6 +15,7 @@ from megatron_ledom.inference.folder import check_direction, load_record
 from megatron_ledom.inference.sampling import Sampling
 from megatron_ledom.log import Progress
 from megatron_ledom.rerank.candidates import GREEDY_MARK, Question, read_unanswered
+from megatron_ledom.rerank.steps import FindEnd, build_pattern_end
 
 if TYPE_CHECKING:  # torch comes with it
     from megatron_ledom.inference.model import ForwardLM
@@ -32,6 +33,7 @@ class GenerationSettings:
         model: Hugging Face folder of a forward model.
         sampling: number, length, temperature and seed of the samples.
         separator: put between question and answer; give it to tools/rerank.py too.
+        stop_pattern: regular expression; an answer ends with its first match that has something to read before it.
         greedy: also write the greedy answer, marked "greedy": true.
         batch_rows: most answers grown at a time.
         device: "auto", "cpu" or "cuda".
@@ -40,6 +42,7 @@ class GenerationSettings:
     model: Path
     sampling: Sampling
     separator: str = ""
+    stop_pattern: str | None = None
     greedy: bool = True
     batch_rows: int = DEFAULT_BATCH_ROWS
     device: str = "auto"
@@ -56,6 +59,7 @@ class GenerationSettings:
             "top_p": s.top_p,
             "seed": s.seed,
             "separator": self.separator,
+            "stop_pattern": self.stop_pattern,
         }
 
 
@@ -75,10 +79,12 @@ def sample_file(
 
     Raises:
         InputError: a malformed line, a question too long for the model.
+        UsageError: `stop_pattern` is no regular expression.
         DirectionError: a reverse model.
         OutputExistsError: the output exists and `overwrite` is not set.
     """
     check_output(output, overwrite=overwrite)
+    find_end = None if settings.stop_pattern is None else build_pattern_end(settings.stop_pattern, "--stop-pattern")
     questions = read_unanswered(source)
     check_direction(load_record(settings.model), Direction.FORWARD)
     from megatron_ledom.inference.model import ForwardLM
@@ -90,7 +96,7 @@ def sample_file(
     with open_output(output) as file:
         for start in range(0, len(questions), QUESTIONS_PER_BLOCK):
             block = questions[start : start + QUESTIONS_PER_BLOCK]
-            for question, answers in zip(block, _answer(lm, block, start, settings, progress), strict=True):
+            for question, answers in zip(block, _answer(lm, block, start, settings, find_end, progress), strict=True):
                 kept = [answer for answer in answers if answer["text"].strip()]
                 num_blank += len(answers) - len(kept)
                 if not kept:
@@ -106,6 +112,7 @@ def _answer(
     block: Sequence[Question],
     start: int,
     settings: GenerationSettings,
+    find_end: FindEnd | None,
     progress: Progress,
 ) -> list[list[dict[str, Any]]]:
     """Answer the questions of one block: the samples, then the greedy answer."""
@@ -122,10 +129,13 @@ def _answer(
             lm,
             [question.text + settings.separator for question in block],
             kind,
+            find_end=find_end,
             batch_rows=settings.batch_rows,
             on_batch=progress.update,
             what=lambda index: block[index].where,
         )
         for row, continuations in zip(answers, written, strict=True):
-            row += [{"text": c.text, "finished": c.finished, **mark} for c in continuations]
+            for c in continuations:
+                is_stopped = find_end is not None and find_end(c.text) is not None
+                row.append({"text": c.text, "finished": c.finished or is_stopped, **mark})
     return answers

@@ -81,6 +81,8 @@ def _format_choices(runs: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for number, run in enumerate(runs, start=1):
         for size, choice in run["chosen"].items():
+            if size == "1":  # nothing to choose
+                continue
             accuracy = f"{100 * choice['held_out_accuracy']:.1f}"
             rows.append(
                 [

@@ -44,10 +44,23 @@ def build_step_end(kind: str, *, pattern: str | None = None, punkt: Path | None 
         raise UsageError(f"--step {kind}: newline, sentence or pattern is needed")
     if (kind == "pattern") is not (pattern is not None):
         raise UsageError("--step pattern and --step-pattern belong together")
+    return build_pattern_end("\n" if pattern is None else pattern, "--step-pattern")
+
+
+def build_pattern_end(pattern: str, flag: str) -> FindEnd:
+    """Return the function that finds the end of the first match with something to read before it.
+
+    Args:
+        pattern: regular expression.
+        flag: how the user gave it, for messages.
+
+    Raises:
+        UsageError: it is none.
+    """
     try:
-        return _PatternEnd(re.compile("\n" if pattern is None else pattern))
+        return _PatternEnd(re.compile(pattern))
     except re.error as error:
-        raise UsageError(f"--step-pattern {pattern}: not a regular expression ({error})") from error
+        raise UsageError(f"{flag} {pattern}: not a regular expression ({error})") from error
 
 
 class _PatternEnd:

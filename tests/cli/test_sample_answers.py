@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def test_samples_and_a_greedy_answer_are_written_for_each_question(
     models: dict[str, Path], questions: Path, tmp_path: Path
 ) -> None:
     flags = ["--num-samples", 3, "--max-new-tokens", 12, "--separator", "\n", "--seed", 4, "--device", "cpu"]
+    flags += ["--stop-pattern", "[aeiou]"]
     command = ["sample_answers.py", "--model", models["forward"], "--input", questions]
     result = run_tool(*command, "--output", tmp_path / "out.jsonl", *flags)  # type: ignore[arg-type]
     assert result.returncode == 0, result.stderr
@@ -40,6 +42,8 @@ def test_samples_and_a_greedy_answer_are_written_for_each_question(
         assert [c.get("greedy", False) for c in line["candidates"]] == [False, False, False, True]
         assert line["sampled"]["separator"] == "\n"
         assert line["sampled"]["seed"] == 4
+        assert all(re.search("[aeiou]", c["text"][:-1]) is None for c in line["candidates"])
+        assert any(c["finished"] for c in line["candidates"])
     ranked = run_tool(
         "rerank.py",
         *("--input", tmp_path / "out.jsonl", "--output", tmp_path / "ranked.jsonl", "--device", "cpu"),
@@ -52,6 +56,7 @@ def test_samples_and_a_greedy_answer_are_written_for_each_question(
     ("change", "message"),
     [
         (["--model", "{reverse}"], "is a reverse model"),
+        (["--stop-pattern", "("], "--stop-pattern (: not a regular expression"),
         (["--temperature", "0"], "temperature is 0.0"),
         (["--max-new-tokens", "300"], "line 1 and 300 new tokens"),
         (["--input", "absent.jsonl"], "absent.jsonl: no such file"),

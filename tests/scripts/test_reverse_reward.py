@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from random_models import save_random_model
 
 from megatron_ledom.testing import REPOSITORY, tool_environment
 
@@ -57,3 +58,15 @@ def test_every_step_runs_and_none_runs_twice(tmp_path: Path) -> None:
     other = experiment("--output", folder, *SMALL, "--temperature", "0.5")
     assert other.returncode == 2
     assert "has other settings (temperature)" in other.stderr
+
+
+def test_the_path_runs_with_models_of_ones_own(tokenizer_folder: Path, tmp_path: Path) -> None:
+    models = {name: save_random_model(tmp_path / name, tokenizer_folder, name) for name in ("forward", "reverse")}
+    command = [sys.executable, str(SCRIPT.with_name("any_model.py")), "--output", str(tmp_path / "out")]
+    command += ["--forward-model", str(models["forward"]), "--reverse-model", str(models["reverse"])]
+    command += ["--generators", "chain_sum", "basic_arithmetic", "--num-samples", "2", "--max-new-tokens", "6"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=tool_environment(), timeout=300)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "out/ranked.jsonl").read_text().splitlines()]
+    assert [line["generator"] for line in lines] == ["chain_sum"] * 30 + ["basic_arithmetic"] * 30
+    assert "| oracle of N " in (tmp_path / "out/report.md").read_text()
