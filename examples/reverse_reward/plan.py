@@ -176,10 +176,16 @@ class Experiment:
 
     def _tool(self, tool: str, *arguments: object) -> str:
         threads = {"OMP_NUM_THREADS": str(min(self._jobs, len(os.sched_getaffinity(0))))}
-        return self._runner.command([sys.executable, REPOSITORY / "tools" / tool, *arguments], environment=threads)
+        command = [sys.executable, REPOSITORY / "tools" / tool, *arguments]
+        return self._runner.command(command, environment=threads, show=_progress_of_tool)
 
     def _tokenizer_flags(self) -> tuple[object, ...]:
         return ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.tokenizer)
+
+
+def _progress_of_tool(line: str) -> str | None:
+    """The lines in which a tool says how long it will take."""
+    return line.strip() if line.rstrip().endswith(" left)") else None
 
 
 def _labelled(direction: Direction, progress: TrainingProgress) -> Callable[[str], str | None]:

@@ -60,6 +60,7 @@ class GenerationSettings:
             "seed": s.seed,
             "separator": self.separator,
             "stop_pattern": self.stop_pattern,
+            GREEDY_MARK: self.greedy,
         }
 
 

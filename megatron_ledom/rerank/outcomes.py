@@ -88,6 +88,9 @@ def read_outcomes(path: Path, checker: AnswerChecker, *, answer_field: str = "an
         answers = [checker.find(c.text) for c in chosen]
         right[row, : len(chosen)] = [checker.is_equal(gold, answer) for answer in answers]
         groups[row, : len(chosen)] = checker.group(answers)
+        sampled = question.record.get("sampled")
+        if isinstance(sampled, dict) and sampled.get(GREEDY_MARK) is True:
+            greedy_right[row] = 0  # unless it is there: a blank answer was left out
         for candidate in question.candidates:
             if candidate.extra.get(GREEDY_MARK) is True:
                 greedy_right[row] = checker.is_equal(gold, checker.find(candidate.text))

@@ -121,6 +121,9 @@ def test_a_sample_that_is_missing_is_wrong_and_never_chosen(tmp_path: Path) -> N
         assert reward[7, 2:].max() < reward[:, :2].min()
     report = evaluate_files([path], SETTINGS)
     assert "greedy" not in report["strategies"]
+    lines[7]["sampled"] = {"greedy": True}  # it was asked for, and came out blank
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_outcomes(path, AnswerChecker()).greedy_right[7] == 0
     text = format_markdown(report)
     assert "No greedy baseline" in text
     assert "count as wrong: 2" in text
