@@ -6,6 +6,7 @@ MODULES = (
     *("torch", "transformers", "tokenizers", "safetensors.torch", "sentencepiece", "tensorboard", "matplotlib"),
     *("megatron.core.datasets.helpers_cpp", "megatron.training", "megatron_ledom", "pytest", "hypothesis"),
     *("gigatoken", "orjson", "zstandard", "pyarrow.parquet", "nltk.tokenize.punkt"),
+    *("math_verify", "reasoning_gym"),
 )
 
 if __name__ == "__main__":

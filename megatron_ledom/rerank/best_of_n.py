@@ -19,14 +19,8 @@ from megatron_ledom.inference import DEFAULT_BATCH_TOKENS
 from megatron_ledom.inference.files import check_output, open_output
 from megatron_ledom.inference.folder import check_direction, load_record
 from megatron_ledom.log import Progress
-from megatron_ledom.rerank.candidates import (
-    FORWARD_LOGPROB,
-    NUM_FORWARD_TOKENS,
-    Candidate,
-    Question,
-    check_carried_logprobs,
-    read_questions,
-)
+from megatron_ledom.rerank.candidates import Candidate, Question, check_carried_logprobs, read_questions
+from megatron_ledom.rerank.carried import FORWARD_LOGPROB, NUM_FORWARD_TOKENS
 from megatron_ledom.rerank.reward import Normalize, TextLogprob, check_reverse_weight, rank_rewards, reverse_reward
 
 if TYPE_CHECKING:  # torch comes with it, and costs seconds that a refusal should not take
@@ -103,7 +97,8 @@ class RankedCandidate:
             **self.candidate.extra,
             "text": self.candidate.text,
             "rank": rank,
-            "index": self.index,
+            # A file that is ranked again keeps the order in which its answers were drawn.
+            "index": self.candidate.extra.get("index", self.index),
             "reward": self.reward,
             FORWARD_LOGPROB: forward and forward.logprob,
             NUM_FORWARD_TOKENS: forward and forward.num_tokens,

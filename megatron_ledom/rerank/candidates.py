@@ -3,6 +3,7 @@
 One question a line; the schema, with an example, is in docs/reverse_reward.md:
 
     in   {"question": "...", "candidates": ["...", {"text": "...", "forward_logprob": -7.1}], ...}
+         or vLLM's "outputs", or OpenAI's "choices", with the log-probabilities that these carry (`carried.py`)
     out  the same fields, the candidates as objects in order of their reward, and "reverse_reward":
          the settings that produced them
 
@@ -11,17 +12,19 @@ It checks every line before a model is loaded; it doesn't compute anything.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import InputError
 from megatron_ledom.inference.files import read_records, read_text_field
+from megatron_ledom.rerank.carried import FORWARD_LOGPROB, NUM_FORWARD_TOKENS, read_carried
 
 QUESTION_KEYS = ("question", "prompt")
-FORWARD_LOGPROB = "forward_logprob"
-NUM_FORWARD_TOKENS = "num_forward_tokens"
+CANDIDATE_KEYS = ("candidates", "outputs", "choices")
+"""Ours, vLLM's and OpenAI's name for the list of answers."""
+GREEDY_MARK = "greedy"
+"""Field of a candidate; true marks the greedy answer, which is a baseline and none of the N samples."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,9 @@ class Question:
 
     Attributes:
         text: the question.
-        candidates: in the order of the file, one or more.
+        candidates: in the order of the file, one or more; none where it is still to be answered.
         where: file and line, for messages.
-        record: the line as it was read.
+        record: the line as it was read, without the candidates.
     """
 
     text: str
@@ -74,47 +77,66 @@ def read_questions(path: str | Path) -> list[Question]:
     return questions
 
 
-def _read_question(record: dict[str, Any], where: str) -> Question:
+def read_unanswered(path: str | Path) -> list[Question]:
+    """Read a file of questions that are to be answered: as `read_questions`, without candidates.
+
+    Raises:
+        InputError: as `read_questions`; or a line has answers already.
+    """
+    questions = []
+    for number, record in read_records(path):
+        where = f"{path}, line {number}"
+        taken = [key for key in CANDIDATE_KEYS if key in record]
+        if taken:
+            raise InputError(f"{where}: there are answers already, under {taken[0]!r}. Remove them, or rank them")
+        questions.append(Question(_read_text(record, where), (), where, record))
+    if not questions:
+        raise InputError(f"{path} has no question. One JSON object a line is needed, see docs/reverse_reward.md")
+    return questions
+
+
+def _read_text(record: dict[str, Any], where: str) -> str:
     present = [key for key in QUESTION_KEYS if key in record]
     if len(present) == 2:
         raise InputError(f"{where}: both 'question' and 'prompt' are there. Keep one")
-    text = read_text_field(record, present[0] if present else QUESTION_KEYS[0], where)
-    candidates = record.get("candidates")
-    if not isinstance(candidates, list) or not candidates:
-        found = "no field 'candidates'" if "candidates" not in record else f"field 'candidates' is {candidates!r}"
-        raise InputError(f"{where}: {found}. A list of one or more answers is needed")
-    read = tuple(_read_candidate(c, f"{where}, candidate {n}") for n, c in enumerate(candidates, start=1))
-    return Question(text, read, where, record)
+    return read_text_field(record, present[0] if present else QUESTION_KEYS[0], where)
+
+
+def _read_question(record: dict[str, Any], where: str) -> Question:
+    text = _read_text(record, where)
+    key = _find_candidates(record, where)
+    entries = record[key]
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{where}: field {key!r} is {entries!r}. A list of one or more answers is needed")
+    read = tuple(_read_candidate(entry, f"{where}, candidate {n}") for n, entry in enumerate(entries, start=1))
+    return Question(text, read, where, {k: v for k, v in record.items() if k != key})
+
+
+def _find_candidates(record: dict[str, Any], where: str) -> str:
+    """The name under which this line lists its answers."""
+    present = [key for key in CANDIDATE_KEYS if key in record]
+    if len(present) > 1:
+        raise InputError(f"{where}: answers under {' and '.join(map(repr, present))}. Keep one of them")
+    if not present:
+        raise InputError(f"{where}: no field 'candidates'. A list of one or more answers is needed")
+    return present[0]
 
 
 def _read_candidate(entry: object, where: str) -> Candidate:
     fields: dict[str, Any] = {"text": entry} if isinstance(entry, str) else entry if isinstance(entry, dict) else {}
     if not fields:
         raise InputError(f'{where}: {entry!r} is neither a text nor an object with a field "text"')
+    message = fields.get("message")  # OpenAI's chat completions
+    source, key = (message, "content") if "text" not in fields and isinstance(message, dict) else (fields, "text")
+    carried = read_carried(fields, where)
     known = {"text", FORWARD_LOGPROB, NUM_FORWARD_TOKENS}
     return Candidate(
-        text=read_text_field(fields, "text", where),
+        text=read_text_field(source, key, where),
         where=where,
-        forward_logprob=_read_logprob(fields.get(FORWARD_LOGPROB), where),
-        num_forward_tokens=_read_count(fields.get(NUM_FORWARD_TOKENS), where),
+        forward_logprob=carried.logprob,
+        num_forward_tokens=carried.num_tokens,
         extra={key: value for key, value in fields.items() if key not in known},
     )
-
-
-def _read_logprob(value: object, where: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value > 0:
-        raise InputError(f"{where}: {FORWARD_LOGPROB} is {value!r}, a finite number of at most 0 is needed")
-    return float(value)
-
-
-def _read_count(value: object, where: str) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{where}: {NUM_FORWARD_TOKENS} is {value!r}, a whole number of at least 1 is needed")
-    return value
 
 
 def check_carried_logprobs(questions: list[Question], *, need_num_tokens: bool) -> None:
