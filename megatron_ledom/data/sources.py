@@ -301,33 +301,47 @@ class _ZstdReader(io.RawIOBase):
 
 
 def _parse_lines(blocks: Iterator[tuple[list[bytes], int]], part: Slice, keys: Sequence[str]) -> Iterator[Batch]:
-    row, loads = 0, fast_json()
-    only_key = keys[0] if len(keys) == 1 and loads is not None else None
+    row = 0
+    only_key = keys[0] if len(keys) == 1 else None
     for lines, num_bytes in blocks:
         batch = new_batch(len(keys), num_bytes)
-        texts, rows = batch.texts[0], batch.rows
         if row == 0 and part.start == 0:
             lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)  # some editors write it
-        for line in lines:
-            row += 1
-            if only_key is not None:
-                try:
-                    text = loads(line)[only_key]  # type: ignore[misc]
-                except (ValueError, KeyError, TypeError):
-                    text = None
-                if type(text) is str:
-                    texts.append(text)
-                    rows.append(row)
-                    continue
-            if not line or line.isspace():
-                batch.blank.append(row)
-                continue
+        texts = None if only_key is None else _plain_texts(lines, only_key)
+        if texts is not None:
+            batch.texts[0] = texts
+            batch.rows = list(range(row + 1, row + 1 + len(lines)))
+        else:
+            _parse_each(lines, row + 1, keys, batch)
+        row += len(lines)
+        batch.last_row = row
+        yield batch
+
+
+def _plain_texts(lines: Sequence[bytes], key: str) -> list[str] | None:
+    """The texts of lines that are all good records; None where one may not be, or no fast parser is installed."""
+    loads = fast_json()
+    if loads is None:
+        return None
+    try:
+        texts = [loads(line)[key] for line in lines]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return texts if set(map(type, texts)) <= {str} else None
+
+
+def _parse_each(lines: Sequence[bytes], first_row: int, keys: Sequence[str], batch: Batch) -> None:
+    """Add lines to a batch one by one: as a record, as a blank line, or as a bad record."""
+    for row, line in enumerate(lines, start=first_row):
+        if len(keys) == 1 and (text := _plain_texts([line], keys[0])) is not None:
+            batch.add(row, text)
+        elif not line or line.isspace():
+            batch.blank.append(row)
+        else:
             try:
                 batch.add(row, parse_line(line.removesuffix(b"\n"), keys))
             except BadRecord as bad:
                 batch.bad.append((row, str(bad)))
-        batch.last_row = row
-        yield batch
 
 
 def _one_text(data: bytes, num_bytes: int, keys: Sequence[str]) -> Batch:
