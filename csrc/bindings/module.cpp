@@ -98,6 +98,36 @@ void backward_cpu(const Call& call, const std::vector<Tensor>& qkvo, int64_t lse
     raise_unless_ok(status);
 }
 
+void rope_cpu(const Call& call, const Tensor& x, const Tensor& y, int rotary_dim, bool interleaved, bool from_end,
+              bool inverse, std::array<int64_t, 2> tables, int num_positions) {
+    ledom_rope_params p = {};
+    p.struct_size = sizeof p;
+    p.version = LEDOM_ABI_VERSION;
+    p.dtype = call.dtype;
+    p.batch = call.sizes[0];
+    p.seq = call.sizes[1];
+    p.heads = call.sizes[2];
+    p.head_dim = call.sizes[4];
+    p.rotary_dim = rotary_dim;
+    p.interleaved = interleaved;
+    p.from_end = from_end;
+    p.inverse = inverse;
+    p.num_positions = num_positions;
+    p.doc_first = pointer<int32_t>(call.documents[0]);
+    p.doc_last = pointer<int32_t>(call.documents[1]);
+    p.cosines = pointer<float>(tables[0]);
+    p.sines = pointer<float>(tables[1]);
+    p.x = tensor_of(x);
+    p.y = tensor_of(y);
+    p.num_threads = call.num_threads;
+    int status;
+    {
+        const py::gil_scoped_release release;
+        status = ledom_rope_cpu(&p);
+    }
+    raise_unless_ok(status);
+}
+
 // For tests: what mask.h says, in numbers that Python can compare with its own definition.
 ledom::Mask mask_of(int32_t seq, std::array<int32_t, 2> reach, const std::vector<int32_t>& first,
                     const std::vector<int32_t>& last) {
@@ -134,9 +164,12 @@ py::tuple tiles(int32_t seq, std::array<int32_t, 2> reach, const std::vector<int
 PYBIND11_MODULE(_kernels, m) {
     m.doc() = "The kernels of csrc/, without torch.";
     py::class_<Call>(m, "Call").def(py::init<int, Sizes, std::array<int32_t, 2>, std::array<int64_t, 2>, float, int>());
+    m.def("abi_version", [] { return LEDOM_ABI_VERSION; });
     m.def("cpu_paths", [] { return std::string(ledom_cpu_paths()); });
+    m.def("compiler", [] { return std::string(__VERSION__); });
     m.def("attention_forward_cpu", &forward_cpu);
     m.def("attention_backward_cpu", &backward_cpu);
+    m.def("rope_cpu", &rope_cpu);
     m.def("attended", &attended);
     m.def("tiles", &tiles);
 }

@@ -140,7 +140,7 @@ def documents_from_ends(is_last_BS: torch.Tensor) -> Documents:
 
 
 def intervals(mask: AttentionMask, batch: int, seq: int, device: torch.device | str = "cpu") -> Documents:
-    """lo and hi of every row: int32 [B, S] each, as `first` and `last`; a row with lo > hi attends nothing."""
+    """The first and last key of every row, int32 [B, S] each; a row whose first is after its last attends nothing."""
     left, right = mask.reach(seq)
     row = torch.arange(seq, dtype=torch.int32, device=device).expand(batch, seq)
     if mask.documents is None:

@@ -81,7 +81,13 @@ void load_block(const ledom_attention_params& p, int batch, int head, int begin,
         float product = 0.0f, lse = INFINITY;  // exp2(score - inf) is 0: a row beyond the sequence, or without keys
         if (row < p.seq) {
             const T *a = o[row], *b = d_o[row];
-            for (int d = 0; d < dim; ++d) product += to_float(a[d]) * to_float(b[d]);
+            // In the order and with the rounding of `multiply_by_panel`: dP - delta is exactly 0 for a row with one key.
+            for (int from = 0; from < dim; from += dim_step(padded)) {
+                const int to = from + dim_step(padded) < dim ? from + dim_step(padded) : dim;
+                float part = 0.0f;
+                for (int d = from; d < to; ++d) part = multiply_add(to_float(a[d]), to_float(b[d]), part);
+                product += part;
+            }
             p.delta[first + row] = product;
             if (p.lse[first + row] != -INFINITY) lse = p.lse[first + row] * kLog2E;
         }

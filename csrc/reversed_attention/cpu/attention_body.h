@@ -1,5 +1,5 @@
 // The entry of the CPU kernels for one instruction set. Included once by each of attention_*.cpp, which names it:
-// LEDOM_PATH is `portable`, `avx2` or `avx512`.
+// LEDOM_PATH is its function, and LEDOM_SPECIALISED whether head sizes 64, 128 and 192 get kernels of their own.
 #include <omp.h>
 
 #include <cstdlib>
@@ -98,12 +98,14 @@ int backward(const ledom_attention_params& p) {
 template <typename T>
 int run(const ledom_attention_params& p, bool is_backward) {
     switch (p.head_dim) {
+#if LEDOM_SPECIALISED
         case 64:
             return is_backward ? backward<T, 64>(p) : forward<T, 64>(p);
         case 128:
             return is_backward ? backward<T, 128>(p) : forward<T, 128>(p);
         case 192:
             return is_backward ? backward<T, 192>(p) : forward<T, 192>(p);
+#endif
         default:
             return is_backward ? backward<T, 0>(p) : forward<T, 0>(p);
     }

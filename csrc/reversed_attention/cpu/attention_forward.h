@@ -64,14 +64,22 @@ struct LaneIntervals {
     }
 };
 
+// Sums over a long head dim are taken in parts of this many, for the sake of their rounding.
+LEDOM_INLINE int dim_step(int padded) { return padded > 128 ? 96 : padded; }
+
 // S^T of one panel and the keys of `range`: scores[key][row], `row_stride` floats a key.
 template <int kDim>
 LEDOM_INLINE void multiply_by_panel(const float* tile, int padded, Range range, const float* panel, float* scores,
                                     ptrdiff_t row_stride) {
-    const int n = kDim ? padded_dim(kDim) : padded;
+    const int n = kDim ? padded_dim(kDim) : padded, step = dim_step(n);
     for (int key = range.begin; key < range.end; key += kRowBroadcast) {
-        multiply<kRowBroadcast, kRowVectors, Into::kStore>(n, tile + key * (n + kPadding), n + kPadding, 1, panel, kPanel,
-                                                           scores + key * row_stride, row_stride);
+        const float* keys = tile + static_cast<ptrdiff_t>(key) * (n + kPadding);
+        float* to = scores + key * row_stride;
+        multiply<kRowBroadcast, kRowVectors, Into::kStore>(step, keys, n + kPadding, 1, panel, kPanel, to, row_stride);
+        for (int d = step; d < n; d += step) {
+            multiply<kRowBroadcast, kRowVectors, Into::kAdd>(n - d < step ? n - d : step, keys + d, n + kPadding, 1,
+                                                             panel + d * kPanel, kPanel, to, row_stride);
+        }
     }
 }
 

@@ -40,6 +40,14 @@ LEDOM_INLINE Floats load(const float* at) { return *reinterpret_cast<const Float
 LEDOM_INLINE void store(float* at, Floats value) { *reinterpret_cast<Floats*>(at) = value; }
 LEDOM_INLINE Floats splat(float value) { return value - Floats{}; }
 LEDOM_INLINE Ints splat_int(int32_t value) { return value - Ints{}; }
+// a * b + c, rounded once where the processor can and `multiply` does.
+LEDOM_INLINE float multiply_add(float a, float b, float c) {
+#if defined(__FMA__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
 LEDOM_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 // 2 to the power of x, for x <= 127; 0 below -126, and NaN for NaN. Relative error about 1e-7.
@@ -62,20 +70,12 @@ LEDOM_INLINE Floats power_of_two(Floats x) {
 enum class Into { kStore, kAdd, kScaleAndAdd };
 
 // c[r][lane] = sum over k < n of a[r * a_row + k * a_step] * b[k * b_step + lane], for kRows x (kVectors * kLanes)
-// sums that stay in registers; kAdd adds to what c holds, kScaleAndAdd first multiplies that by scale[lane].
+// sums that stay in registers; kAdd adds them to what c holds, kScaleAndAdd first multiplies that by scale[lane]. What c
+// holds joins last: the error of a long sum grows with the number of blocks and not with that of their terms.
 template <int kRows, int kVectors, Into kInto>
 LEDOM_INLINE void multiply(int n, const float* a, ptrdiff_t a_row, ptrdiff_t a_step, const float* b, ptrdiff_t b_step,
                            float* c, ptrdiff_t c_row, const float* scale = nullptr) {
-    Floats sum[kRows][kVectors];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-            if (kInto == Into::kStore) sum[r][v] = Floats{};
-            if (kInto == Into::kAdd) sum[r][v] = load(c + r * c_row + v * kLanes);
-            if (kInto == Into::kScaleAndAdd) sum[r][v] = load(c + r * c_row + v * kLanes) * load(scale + v * kLanes);
-        }
-    }
+    Floats sum[kRows][kVectors] = {};
     for (int k = 0; k < n; ++k) {
         Floats right[kVectors];
 #pragma GCC unroll 4
@@ -90,7 +90,12 @@ LEDOM_INLINE void multiply(int n, const float* a, ptrdiff_t a_row, ptrdiff_t a_s
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) store(c + r * c_row + v * kLanes, sum[r][v]);
+        for (int v = 0; v < kVectors; ++v) {
+            float* at = c + r * c_row + v * kLanes;
+            if (kInto == Into::kAdd) sum[r][v] += load(at);
+            if (kInto == Into::kScaleAndAdd) sum[r][v] += load(at) * load(scale + v * kLanes);
+            store(at, sum[r][v]);
+        }
     }
 }
 
