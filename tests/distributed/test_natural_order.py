@@ -13,28 +13,24 @@ pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-5
 STEPS = 50
-FOUR_RANKS = ["--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2]
-WITH_EXTRAS = ["--sequence-parallel", "--recompute-granularity", "full", "--recompute-method", "uniform"]
+# Both runs of a pair have the same layout: with sequence parallelism a fresh start has other weights.
+FOUR_RANKS = [
+    *("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2, "--sequence-parallel"),
+    *("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1),
+]
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "layout", "extras"),
-    [(1, [], []), (4, FOUR_RANKS, [*WITH_EXTRAS, "--recompute-num-layers", 1])],
-    ids=["TP1 PP1", "TP2 PP2, sequence parallel, recomputed"],
+    ("num_processes", "layout"), [(1, []), (4, FOUR_RANKS)], ids=["TP1 PP1", "TP2 PP2, sequence parallel, recomputed"]
 )
 def test_natural_order_gives_the_losses_of_reversed_order(
-    num_processes: int,
-    layout: list[object],
-    extras: list[object],
-    tmp_path: Path,
-    prefixes: dict[str, Path],
-    pretrain: Pretrain,
+    num_processes: int, layout: list[object], tmp_path: Path, prefixes: dict[str, Path], pretrain: Pretrain
 ) -> None:
-    flags = ["--train-iters", STEPS, *layout]
+    flags = ["--num-layers", 4, "--train-iters", STEPS, *layout]
     # A reversed file read as it is, Megatron's attention; a forward file, whose documents are in natural order, ours.
     pretrain(tmp_path / "reversed", num_processes, *flags, "--attention", "megatron")
     natural = ["--data-path", prefixes["forward"], "--attention", "ledom"]
-    pretrain(tmp_path / "natural", num_processes, *flags, *extras, *natural)
+    pretrain(tmp_path / "natural", num_processes, *flags, *natural)
     reversed_, natural_ = (read_scalars(tmp_path / name, TRAIN_LOSS) for name in ("reversed", "natural"))
     assert len(reversed_) == STEPS and reversed_.keys() == natural_.keys()
     worst = max(abs(natural_[step] / reversed_[step] - 1) for step in reversed_)
