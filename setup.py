@@ -88,9 +88,7 @@ class BuildKernels(build_ext):
 
 setup(
     ext_modules=[
-        Extension(
-            "megatron_ledom.ops._kernels", list(SOURCES), optional=os.environ.get("LEDOM_KERNELS") != "required"
-        )
+        Extension("megatron_ledom.ops._kernels", list(SOURCES), optional=os.environ.get("LEDOM_KERNELS") != "required")
     ],
     cmdclass={"build_ext": BuildKernels},
 )

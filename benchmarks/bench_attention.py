@@ -9,6 +9,8 @@ is compared with the aim. Variants:
     flip     q, k and v flipped, scaled_dot_product_attention with is_causal, the output flipped back
     mask     scaled_dot_product_attention with the mask written out
 
+Where query heads share a key head, torch gets it expanded: its own enable_gqa is several times slower with gradients.
+
 "documents" are of mean length 512, and there torch has `mask` only. Rates count the scores that a mask allows:
 4 * B * H * D floating-point operations each for a forward pass, 3.5 times that for forward and backward.
 """
@@ -29,7 +31,7 @@ from measuring import say, spread, write_record
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.ops.attention import attention
-from megatron_ledom.ops.fallback import torch_attention
+from megatron_ledom.ops.fallback import attend, torch_attention
 from megatron_ledom.ops.kernels import describe_kernels
 from megatron_ledom.ops.mask import AttentionMask, dense_mask, documents_from_lengths, intervals, natural_order_mask
 from megatron_ledom.ops.path import choose_path
@@ -71,11 +73,7 @@ def variants(kind: str, mask: AttentionMask, path: str) -> dict[str, Callable[..
     """The competitors for one mask: name -> function of (q, k, v), all [B, S, H, D]."""
 
     def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        allowed = dense_mask(mask, q.shape[0], q.shape[1])[:, None]
-        turned = (x.transpose(1, 2) for x in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(
-            *turned, attn_mask=allowed, enable_gqa=q.shape[2] != k.shape[2]
-        ).transpose(1, 2)
+        return attend(q, k, v, 1 / math.sqrt(q.shape[3]), dense_mask(mask, q.shape[0], q.shape[1])[:, None])
 
     found = {"ours": lambda q, k, v: attention(q, k, v, mask, path=path), "mask": explicit}
     if kind == "reversed":
