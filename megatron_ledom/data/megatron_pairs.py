@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from megatron_ledom.data import order
-from megatron_ledom.data.megatron_dataset import MegatronOrderDataset
+from megatron_ledom.data.megatron_dataset import MegatronOrderDataset, arrange_sample
 from megatron_ledom.data.pairs import load_question_lengths, one_each, pack
 from megatron_ledom.direction import pair_target
 from megatron_ledom.errors import InputError
@@ -89,43 +89,55 @@ class PairDataset(MegatronOrderDataset):
             num_question = int(self._question_lengths[document])
             num_answer = len(stored) - num_question - 1
             targets.append(pair_target(num_question, num_answer, self.config.pair_direction, pairs.loss_on))
-        sample = lay_out(ids, targets, self.config.sequence_length, with_mask=self.config.pack_pairs)
+        sample = lay_out(ids, targets, self.config.sequence_length)
         if idx is None:
             sample["loss_mask"].zero_()
-        return sample
+        bounds = None
+        if self.config.pack_pairs:
+            bounds = pair_bounds([len(pair) for pair in ids], self.config.sequence_length)
+            if not self.config.document_bounds:
+                sample["attention_mask"] = torch.from_numpy(dense_mask(bounds[0]))[None]
+                bounds = None
+        return arrange_sample(sample, self.config, bounds)
 
 
-def lay_out(
-    ids: Sequence[np.ndarray], targets: Sequence[tuple[int, int]], seq_length: int, *, with_mask: bool
-) -> dict[str, torch.Tensor]:
+def lay_out(ids: Sequence[np.ndarray], targets: Sequence[tuple[int, int]], seq_length: int) -> dict[str, torch.Tensor]:
     """Lay stored pairs into one sample.
 
     Args:
         ids: of each pair as it is stored, E last.
         targets: of each, the first id to learn and one beyond the last.
         seq_length: tokens in the sample; not fewer than all ids together.
-        with_mask: make an attention mask, too.
 
     Returns:
-        tokens, labels, position_ids int64 [S]; loss_mask float32 [S]; attention_mask bool [1, S, S], True where a
-        token must not look.
+        tokens, labels, position_ids int64 [S]; loss_mask float32 [S].
     """
     tokens, labels, positions = (torch.zeros(seq_length, dtype=torch.int64) for _ in range(3))
     loss_mask = torch.zeros(seq_length)
-    owner = torch.full((seq_length,), len(ids))
     start = 0
-    for number, (pair, (first, beyond)) in enumerate(zip(ids, targets, strict=True)):
+    for pair, (first, beyond) in zip(ids, targets, strict=True):
         end = start + len(pair)
         labels[start:end] = torch.from_numpy(pair.astype(np.int64))
         tokens[start] = labels[end - 1]  # E, which precedes every document
         tokens[start + 1 : end] = labels[start : end - 1]
         positions[start:end] = torch.arange(len(pair))
         loss_mask[start + first : start + beyond] = 1.0
-        owner[start:end] = number
         start = end
     positions[start:] = torch.arange(seq_length - start)
-    sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": positions}
-    if with_mask:
-        is_later = torch.ones(seq_length, seq_length, dtype=torch.bool).triu(1)
-        sample["attention_mask"] = (is_later | (owner[:, None] != owner[None, :]))[None]
-    return sample
+    return {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": positions}
+
+
+def pair_bounds(lengths: Sequence[int], seq_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last index of every token's pair; what is left over counts as one more.
+
+    >>> pair_bounds([2, 1], 5)
+    (array([0, 0, 2, 3, 3]), array([1, 1, 2, 4, 4]))
+    """
+    ends = np.cumsum([*lengths, seq_length - sum(lengths)])
+    sizes = np.diff(ends, prepend=0)
+    return np.repeat(ends - sizes, sizes), np.repeat(ends - 1, sizes)
+
+
+def dense_mask(first: np.ndarray) -> np.ndarray:
+    """The same for Megatron's own attention: bool [S, S], True where a token must not look."""
+    return np.triu(np.ones((len(first), len(first)), dtype=bool), k=1) | (first[:, None] != first[None, :])

@@ -13,7 +13,13 @@ CODE = (PACKAGE, "tools", "examples")
 FLIP_HOME = Path(PACKAGE, "direction.py")
 PATCH_HOME = Path(PACKAGE, "engine")
 # Reversals of something that is not a sequence of ids: (file, text of the expression) -> why.
-NOT_IDS: dict[tuple[str, str], str] = {}
+_FALLBACK, _MIRRORED = "megatron_ledom/ops/fallback.py", "queries, keys and values are mirrored, not ids"
+NOT_IDS: dict[tuple[str, str], str] = {
+    (_FALLBACK, "attend(q_BSHD.flip(1), k_BSGD.flip(1), v_BSGD.flip(1), scale).flip(1)"): _MIRRORED,
+    (_FALLBACK, "q_BSHD.flip(1)"): _MIRRORED,
+    (_FALLBACK, "k_BSGD.flip(1)"): _MIRRORED,
+    (_FALLBACK, "v_BSGD.flip(1)"): _MIRRORED,
+}
 
 
 def flips(tree: ast.AST) -> Iterator[tuple[int, str]]:

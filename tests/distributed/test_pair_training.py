@@ -57,6 +57,9 @@ def test_the_loss_is_the_score_of_the_questions_and_nothing_else(
     pretrain(tmp_path / "padded", 1, *data, "--global-batch-size", NUM_PAIRS)
     stages = ["--pipeline-model-parallel-size", 2, "--pack-pairs"]
     pretrain(tmp_path / "packed", 2, *data, *stages, "--global-batch-size", num_packed)
+    for attention in ("megatron", "ledom"):
+        flags = ["--pack-pairs", "--attention", attention, "--global-batch-size", num_packed]
+        pretrain(tmp_path / attention, 1, *data, *flags)
 
     exported = run_tool("convert_to_hf.py", "--load", tmp_path / "base" / "checkpoints", "--output", tmp_path / "hf")
     assert exported.returncode == 0, exported.stderr
@@ -64,7 +67,7 @@ def test_the_loss_is_the_score_of_the_questions_and_nothing_else(
     scores = lm.logprobs([(p["question"], SEPARATOR + p["answer"]) for p in word_problems()], closed=True)
     expected = -sum(score.logprob for score in scores) / sum(score.num_tokens for score in scores)
     assert expected > 7.5  # far from the even distribution's 6.93, so that a wrong mask or neighbour shows
-    for name in ("padded", "packed"):
+    for name in ("padded", "packed", "megatron", "ledom"):
         assert read_scalars(tmp_path / name, TRAIN_LOSS)[1] == pytest.approx(expected, rel=1e-5), name
 
 

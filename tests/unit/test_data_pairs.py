@@ -16,7 +16,7 @@ from megatron_ledom.data.check import check_dataset
 from megatron_ledom.data.dataset import check_datasets
 from megatron_ledom.data.manifest import PairRecord, load_manifest
 from megatron_ledom.data.megatron_dataset import DatasetConfig, build_datasets
-from megatron_ledom.data.megatron_pairs import lay_out
+from megatron_ledom.data.megatron_pairs import dense_mask, lay_out, pair_bounds
 from megatron_ledom.data.pairs import load_question_lengths, pack
 from megatron_ledom.data.preprocess import PreprocessConfig, preprocess
 from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
@@ -100,12 +100,14 @@ def test_a_stored_pair_is_what_scoring_reads(make: Make, tokenizer: Tokenizer, d
 
 
 def test_the_parts_of_a_sample() -> None:
-    sample = lay_out([np.array([8, 1, 2, 0]), np.array([9, 3, 0])], [(1, 4), (1, 3)], 9, with_mask=True)
+    sample = lay_out([np.array([8, 1, 2, 0]), np.array([9, 3, 0])], [(1, 4), (1, 3)], 9)
     assert sample["tokens"].tolist() == [0, 8, 1, 2, 0, 9, 3, 0, 0]
     assert sample["labels"].tolist() == [8, 1, 2, 0, 9, 3, 0, 0, 0]
     assert sample["loss_mask"].tolist() == [0, 1, 1, 1, 0, 1, 1, 0, 0]
     assert sample["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
-    sees = [[int(k) for k in np.flatnonzero(~row)] for row in sample["attention_mask"][0].numpy()]
+    first, last = pair_bounds([4, 3], 9)
+    assert last.tolist() == [3, 3, 3, 3, 6, 6, 6, 8, 8]
+    sees = [[int(k) for k in np.flatnonzero(~row)] for row in dense_mask(first)]
     assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [4], [4, 5], [4, 5, 6], [7], [7, 8]]
 
 

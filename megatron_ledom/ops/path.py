@@ -1,0 +1,69 @@
+"""Which path an attention call takes, and why: one function decides.
+
+cpu     the fused kernels of csrc/ for this processor
+torch   flip (for a reversed-causal mask) and scaled_dot_product_attention; an explicit mask for all other masks
+
+"auto" takes the best kernels that the build and the processor have in common, and torch where there are none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ledom.errors import UsageError
+from megatron_ledom.ops.kernels import cpu_paths, load_kernels
+
+TORCH = "torch"
+CPU_KERNELS = ("avx512", "avx2", "portable")
+PATHS = (*CPU_KERNELS, TORCH)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Path:
+    """The path of a call.
+
+    Attributes:
+        name: one of `PATHS`.
+        reason: why, in words.
+    """
+
+    name: str
+    reason: str
+
+
+def choose_path(device: torch.device, dtype: torch.dtype, wish: str = "auto") -> Path:
+    """Decide which path an attention call takes.
+
+    Args:
+        device: of the tensors.
+        dtype: of the tensors.
+        wish: "auto", or one of `PATHS`.
+
+    Raises:
+        UsageError: `wish` names a path that cannot serve this call.
+    """
+    if wish not in ("auto", *PATHS):
+        raise UsageError(f"attention path {wish!r}: known are auto, {', '.join(PATHS)}")
+    if wish == TORCH:
+        return Path(TORCH, "asked for")
+    fault = _fault_of_kernels(device, dtype)
+    if wish == "auto":
+        return Path(TORCH, fault) if fault else Path(cpu_paths()[0], "the best of this build on this processor")
+    if fault is None and wish not in cpu_paths():
+        fault = f"this build has {', '.join(cpu_paths())} on this processor"
+    if fault:
+        raise UsageError(f"attention path {wish!r} cannot serve this call: {fault}")
+    return Path(wish, "asked for")
+
+
+def _fault_of_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot serve a call; None where they can."""
+    if device.type != "cpu":
+        return f"tensors are on {device.type}, and the kernels of this build run on the CPU"
+    if dtype not in KERNEL_DTYPES:
+        return f"there is no kernel for {dtype}"
+    found = load_kernels()
+    return found if isinstance(found, str) else None

@@ -1,0 +1,121 @@
+"""Every kernel path against float64: at most twice the error of plain torch in the same dtype, plus a rounding floor.
+
+All masks x head sizes x grouped heads x odd lengths; outputs, the rows' logarithms and all gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.ops.attention import attention_with_lse
+from megatron_ledom.ops.fallback import torch_attention
+from megatron_ledom.ops.kernels import cpu_paths, describe_kernels
+from megatron_ledom.ops.mask import AttentionMask, Documents, documents_from_lengths, model_order_mask
+from megatron_ledom.ops.mask import natural_order_mask as reversed_mask
+from megatron_ledom.ops.reference import positions, reference_attention, reference_rope
+from megatron_ledom.ops.rope import rope, rope_tables
+
+REVERSE = Direction.REVERSE
+NAMES = ("o", "d_q", "d_k", "d_v")
+HEAD_DIMS = (64, 128, 192, 40)
+HEADS = ((4, 4), (4, 2), (3, 1))
+LENGTHS = (1, 97, 250)  # one row; one tile of 96 keys and a row; more than a forward block of 192 rows
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def documents(batch: int, seq: int) -> Documents:
+    """Documents of several lengths, with padding at both ends."""
+    total = batch * seq
+    bounds = sorted({min(total - 1, 1), total // 5, total // 2, total // 2 + 1, max(total - 3, 1)})
+    return documents_from_lengths(torch.tensor(bounds if len(bounds) > 1 else [0, total]), batch, seq)
+
+
+def masks(batch: int, seq: int) -> dict[str, AttentionMask]:
+    docs = documents(batch, seq)
+    return {
+        "causal": model_order_mask(),
+        "reversed": reversed_mask(REVERSE),
+        "reversed, window 1": reversed_mask(REVERSE, window=1),
+        "reversed, window 37": reversed_mask(REVERSE, window=37),
+        "causal, documents": model_order_mask(documents=docs),
+        "reversed, documents": reversed_mask(REVERSE, documents=docs),
+        "reversed, window 20, documents": reversed_mask(REVERSE, window=20, documents=docs),
+        "both sides": AttentionMask(30, None),
+    }
+
+
+def gradients(output: torch.Tensor, d_output: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [output.detach(), *torch.autograd.grad(output, inputs, d_output.to(output.dtype))]
+
+
+def errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
+    """The largest error of each, relative to the largest element of the exact one, or to 1/2 where that is smaller.
+
+    Inputs are standard normal. With a single key the exact d_q and d_k are 0 and all that is left is rounding.
+    """
+    pairs = zip(found, exact, strict=True)
+    return [float((f.double() - e).abs().max() / e.abs().max().clamp(min=0.5)) for f, e in pairs]
+
+
+def test_this_machine_runs_compiled_kernels() -> None:
+    assert cpu_paths(), describe_kernels()
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("seq", LENGTHS)
+def test_errors_are_at_most_twice_torchs(seq: int, head_dim: int) -> None:
+    torch.manual_seed(seq + head_dim)
+    worst, faults = 0.0, []
+    for heads, groups in HEADS:
+        batch = 2 if groups == 2 else 1
+        for name, mask in masks(batch, seq).items():
+            for dtype in DTYPES:
+                inputs = [
+                    torch.randn(batch, seq, h, head_dim).to(dtype).requires_grad_() for h in (heads, groups, groups)
+                ]
+                d_output = torch.randn(batch, seq, heads, head_dim).to(dtype)
+                scale = 1 / math.sqrt(head_dim)
+                wide = [x.detach().double().requires_grad_() for x in inputs]
+                output, exact_lse = reference_attention(*wide, mask)
+                exact = gradients(output, d_output, wide)
+                torchs = errors(gradients(torch_attention(*inputs, mask, scale), d_output, inputs), exact)
+                floor = 2 * torch.finfo(dtype).eps
+                for path in cpu_paths():
+                    output, lse = attention_with_lse(*inputs, mask, scale, path)
+                    ours = errors(gradients(output, d_output, inputs), exact)
+                    case = f"{path} {dtype} {heads}/{groups} heads, {name}"
+                    for what, our, their in zip(NAMES, ours, torchs, strict=True):
+                        worst = max(worst, our / (2 * their + floor))
+                        if not our <= 2 * their + floor:
+                            faults.append(f"{case}: {what} {our:.2e}, torch {their:.2e}")
+                    torch.testing.assert_close(lse.double(), exact_lse, rtol=2e-6, atol=2e-6, msg=case)
+    print(f"S {seq} D {head_dim}: the worst error is {worst:.2f} of what is allowed")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotary_positions_against_float64(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    frequencies = 10000.0 ** -(torch.arange(20, dtype=torch.float64) / 20)
+    floor = torch.finfo(dtype).eps
+    for docs, from_end, interleaved, inverse in itertools.product((None, documents(2, 61)), *[(False, True)] * 3):
+        x = torch.randn(2, 61, 3, 48).to(dtype).requires_grad_()
+        d_y = torch.randn(2, 61, 3, 48).to(dtype)
+        at = positions(docs, 2, 61, from_end=from_end)
+        wide = x.detach().double().requires_grad_()
+        exact_y = reference_rope(wide, at, frequencies, interleaved=interleaved, inverse=inverse)
+        exact = [exact_y.detach(), torch.autograd.grad(exact_y, wide, d_y.double())[0]]
+        found = {}
+        for path in ("auto", "torch"):
+            y = rope(
+                x, *rope_tables(frequencies, 61), from_end=from_end, documents=docs, interleaved=interleaved,
+                inverse=inverse, path=path,
+            )  # fmt: skip
+            found[path] = errors([y.detach(), torch.autograd.grad(y, x, d_y)[0]], exact)
+        for ours, torchs in zip(found["auto"], found["torch"], strict=True):
+            assert ours <= 2 * torchs + floor, (docs, from_end, interleaved, inverse)
