@@ -70,7 +70,13 @@ def main(argv: list[str]) -> int:
     )
     settings = BeamSettings(
         reward=reward,
-        sampling=Sampling(args.step_tokens, args.temperature, args.top_k, args.top_p, args.seed),
+        sampling=Sampling(
+            max_new_tokens=args.step_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+        ),
         step=args.step if args.step_pattern is None else f"pattern {args.step_pattern}",
         num_beams=args.beams,
         expansions=args.expansions,
