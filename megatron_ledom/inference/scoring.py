@@ -25,9 +25,11 @@ from megatron_ledom.direction import ConditionedIds
 from megatron_ledom.inference import DEFAULT_BATCH_TOKENS
 from megatron_ledom.inference.shared_prefix import can_share, continue_prefix, cut_group, find_groups, read_prefix
 
-# 64 MiB of float32 logits at a time: 261 positions at a vocabulary of 64,256, where
-# the matrix product has long reached full speed.
-LOGITS_PER_CHUNK = 1 << 24
+# 16 MiB of float32 logits at a time on a CPU: 85 positions at a vocabulary of 49,152. With 64 MiB, head and softmax of
+# a network of width 128 took half as long again (they fall out of the cache), of width 576 the same; with 4 MiB, where
+# the matrix product is starved, 1.2 and 2.3 times as long. On a GPU 256 MiB: there it is launches that cost.
+LOGITS_PER_CHUNK = 1 << 22
+GPU_CHUNKS = 16
 
 
 class ScoredTarget(NamedTuple):
@@ -199,7 +201,8 @@ def _score_rows(
     states_NH: torch.Tensor, targets_N: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], vocab_size: int
 ) -> list[tuple[float, bool]]:
     """Apply `head` to a few rows at a time; returns each target's log-probability, and whether it is the likeliest."""
-    num_rows = max(1, LOGITS_PER_CHUNK // vocab_size)
+    num_chunks = GPU_CHUNKS if states_NH.is_cuda else 1
+    num_rows = max(1, num_chunks * LOGITS_PER_CHUNK // vocab_size)
     picked: list[tuple[float, bool]] = []
     for states, targets in zip(states_NH.split(num_rows), targets_N.split(num_rows), strict=True):
         logits = head(states)
