@@ -45,6 +45,7 @@ class ScoreSettings:
         device: "auto", "cpu" or "cuda".
         assume_reverse: take a model that does not say its direction for a reverse one.
         batch_tokens: most tokens in a batch.
+        dtype: of the weights, by torch's name; "auto" is float32 on a CPU and as saved on a GPU.
     """
 
     model: Path
@@ -59,6 +60,7 @@ class ScoreSettings:
     device: str = "auto"
     assume_reverse: bool = False
     batch_tokens: int = DEFAULT_BATCH_TOKENS
+    dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,13 @@ def score_file(source: Path, output: Path, settings: ScoreSettings, *, overwrite
     num_pairs = sum(1 for _ in _read_pairs(source, settings, direction))
     if num_pairs == 0:
         raise InputError(f"{source} has no pair. One JSON object a line is needed, see docs/scoring.md")
+    import torch
+
     from megatron_ledom.inference.model import ForwardLM, ReverseLM
 
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     kind = ReverseLM if direction is Direction.REVERSE else ForwardLM
-    lm = kind.load(settings.model, device=settings.device, assume_direction=_assumed(settings))
+    lm = kind.load(settings.model, device=settings.device, dtype=dtype, assume_direction=_assumed(settings))
     for pair in _read_pairs(source, settings, direction):
         _arrange(lm, pair, settings)
     common = {

@@ -112,6 +112,7 @@ def test_the_cache_knows_model_direction_texts_and_layout(models: dict[str, Path
     assert known(given, shuffled) == 4
     assert known(replace(given, separator="\n")) == 0
     assert known(replace(given, closed=True)) == 0
+    assert known(replace(given, dtype="float64")) == 0
     assert known(replace(given, model=models["forward"])) == 0
     copy = shutil.copytree(models["reverse"], tmp_path / "moved" / "copy")
     assert known(replace(given, model=copy)) == 4
