@@ -3,10 +3,10 @@
 import importlib
 
 MODULES = (
-    *("torch", "transformers", "tokenizers", "safetensors.torch", "sentencepiece", "tensorboard", "matplotlib"),
+    *("torch", "transformers", "tokenizers", "safetensors.torch", "sentencepiece", "tensorboard", "matplotlib", "rich"),
     *("megatron.core.datasets.helpers_cpp", "megatron.training", "megatron_ledom", "pytest", "hypothesis"),
-    *("gigatoken", "orjson", "zstandard", "pyarrow.parquet", "nltk.tokenize.punkt"),
     *("math_verify", "reasoning_gym"),
+    *("gigatoken", "orjson", "zstandard", "pyarrow.parquet", "nltk.tokenize.punkt", "lm_eval", "pyte"),
 )
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=1.0, help="above 0 (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="0: all tokens (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="(default: %(default)s)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="0: all tokens (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random draw (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: %(default)s)")
     parser.add_argument("--assume-reverse", action="store_true", help="take a reverse model without a direction")
@@ -70,7 +71,14 @@ def main(argv: list[str]) -> int:
     )
     settings = BeamSettings(
         reward=reward,
-        sampling=Sampling(args.step_tokens, args.temperature, args.top_k, args.top_p, args.seed),
+        sampling=Sampling(
+            max_new_tokens=args.step_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            seed=args.seed,
+        ),
         step=args.step if args.step_pattern is None else f"pattern {args.step_pattern}",
         num_beams=args.beams,
         expansions=args.expansions,

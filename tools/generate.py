@@ -1,4 +1,4 @@
-"""Write text that comes before a given text, with a reverse model.
+"""Write text that comes before a given text, with a reverse model; on a terminal, shown while it grows leftwards.
 
 python tools/generate.py --model runs/tiny/hf --text "and they lived happily ever after."
 """
@@ -17,7 +17,9 @@ from megatron_ledom.errors import InputError, run_cli
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the tool's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of a reverse model")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="Hugging Face folder of a reverse model, or RUN/checkpoints"
+    )
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", help="the later text")
     text.add_argument(
@@ -32,10 +34,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="keep this share of probability (default: %(default)s)"
     )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="drop tokens with less than this share of the likeliest one's probability (default: %(default)s)",
+    )
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     parser.add_argument("--seed", type=int, default=0, help="of the random draw (default: %(default)s)")
     parser.add_argument("--whole", action="store_true", help="print the given text too, after what was written")
     parser.add_argument("--jsonl", action="store_true", help="print one JSON object per sample instead of plain text")
+    parser.add_argument("--no-stream", action="store_true", help="on a terminal too, print when all is written")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: %(default)s)")
     parser.add_argument(
         "--assume-reverse", action="store_true", help="take a model whose config.json does not say its direction"
@@ -74,13 +83,20 @@ def main(argv: list[str]) -> int:
         seed=args.seed,
         num_samples=args.num_samples,
         greedy=args.greedy,
+        min_p=args.min_p,
     )
     assumed = Direction.REVERSE if args.assume_reverse else None
     check_direction(load_record(args.model), Direction.REVERSE, assumed)
     from megatron_ledom.inference import ReverseLM
 
     lm = ReverseLM.load(args.model, device=args.device, assume_direction=assumed)
-    results = lm.write(text, sampling)
+    if sys.stdout.isatty() and not (args.jsonl or args.no_stream):
+        from megatron_ledom.inference.terminal import GrowingTexts
+
+        with GrowingTexts(text, sys.stdout) as view:
+            results = lm.write(text, sampling, on_step=view.update)
+    else:
+        results = lm.write(text, sampling)
     for number, written in enumerate(results, start=1):
         if args.jsonl:
             print(json.dumps({"sample": number, "seed": args.seed, **asdict(written)}, ensure_ascii=False))

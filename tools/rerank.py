@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--forward-model",
         type=Path,
-        help="Hugging Face folder of any forward causal LM; not needed when all candidates carry its log-probability",
+        help="Hugging Face folder of any forward causal LM; not needed when candidates carry log-probabilities",
     )
     parser.add_argument(
         "--lambda",

@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="keep this share of probability (default: %(default)s)"
     )
+    parser.add_argument("--min-p", type=float, default=0.0, help="0: all tokens (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random draw (default: %(default)s)")
     parser.add_argument("--separator", default="", help="text put after each question, e.g. $'\\n' (default: none)")
     parser.add_argument("--stop-pattern", metavar="REGEX", help="an answer ends with the first match, e.g. $'\\n'")
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> int:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
         seed=args.seed,
         num_samples=args.num_samples,
     )

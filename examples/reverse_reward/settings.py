@@ -26,7 +26,7 @@ class Settings:
         batch: samples of an iteration.
     """
 
-    num_training: int = 40_000
+    num_training: int = 62_000
     num_tuning: int = 10_000
     num_problems: int = 1_250
     held_out_share: float = 0.2
@@ -38,7 +38,7 @@ class Settings:
     vocab_size: int = 1024
     num_layers: int = 4
     hidden_size: int = 192
-    train_iters: int = 1_700
+    train_iters: int = 2_600
     tune_iters: int = 900
     batch: int = 8
 
@@ -49,5 +49,5 @@ class Settings:
             *("--num-layers", self.num_layers, "--hidden-size", self.hidden_size),
             *("--ffn-hidden-size", self.hidden_size * 8 // 3, "--num-attention-heads", heads),
             *("--num-query-groups", heads // 2),
-            *("--init-method-std", round(self.hidden_size**-0.5, 3)),
+            *("--init-method-std", 0.06),
         ]

@@ -240,7 +240,7 @@ def write_weights(
     with ShardWriter(target.path, plan, finished=target.finished, on_finished=target.finish_file) as writer:
         wanted = set(writer.expected)
         progress = Progress("export", plan.num_bytes(wanted) / 1e6, "MB")
-        parts = _converted_parts(checkpoint, items, wanted, vocab_size=vocab_size, dtype=plan.dtype)
+        parts = converted_parts(checkpoint, items, wanted, vocab_size=vocab_size, dtype=plan.dtype)
         for name, tensor in one_ahead(parts):
             writer.write(name, tensor)
             progress.update(tensor.nbytes / 1e6)
@@ -250,7 +250,7 @@ def write_weights(
         _write_json(target.path / INDEX_NAME, index)
 
 
-def _converted_parts(
+def converted_parts(
     checkpoint: Checkpoint, items: list[names.Item], wanted: set[str], *, vocab_size: int, dtype: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Read the tensors of the names in `wanted`, in order, as the export stores them."""

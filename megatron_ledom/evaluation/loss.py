@@ -5,17 +5,8 @@ Owns the definition of a document's loss, so that the two directions can stand s
 - A document is its tokens and one boundary. The model reads the boundary, predicts every
   token in its own order, and last the boundary beyond the document: both directions
   predict the same n + 1 ids.
-- A document longer than the context is read in overlapping windows, in the model's order.
-  Every id is scored once, in the first window that reaches it, so an id of a later window
-  is conditioned on at least context - stride + 1 ids before it (E boundary; context 4, stride 2):
-
-      E a b c d e f g E
-      E a b c               reads 4 ids, scores a b c d
-          b c d e           scores e f
-              d e f g       scores g E
-
-  A later window has no boundary in front: training cuts documents into sequences the
-  same way. Windows count from the document's end in a reverse model.
+- A document longer than the context is read in overlapping windows (`inference/windows.py`), in the model's
+  order: windows count from the document's end in a reverse model.
 
 It doesn't own batching (`megatron_ledom.inference`) or the yardstick (`unigram.py`).
 """
@@ -23,7 +14,7 @@ It doesn't own batching (`megatron_ledom.inference`) or the yardstick (`unigram.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +24,7 @@ from megatron_ledom.errors import InputError, TokenizerMismatchError, UsageError
 from megatron_ledom.evaluation.unigram import UnigramModel
 from megatron_ledom.inference import DEFAULT_BATCH_TOKENS
 from megatron_ledom.inference.folder import FolderRecord, load_record
+from megatron_ledom.inference.windows import cut_windows
 from megatron_ledom.log import Progress
 
 if TYPE_CHECKING:  # torch comes with it, and costs seconds that a refusal should not take
@@ -82,25 +74,6 @@ class LossComparison:
     num_documents: int
     context_tokens: int
     stride_tokens: int
-
-
-def cut_windows(ids: Sequence[int], context_tokens: int, stride_tokens: int) -> Iterator[ConditionedIds]:
-    """Cut a sequence into windows so that every id but the first is scored exactly once.
-
-    Args:
-        ids: in the model's order, the boundary first; [n], n >= 2.
-        context_tokens: most ids that the model reads in a window.
-        stride_tokens: how far each window lies behind the one before; 1 to context_tokens.
-
-    >>> [(w.ids, w.target_start) for w in cut_windows([0, 1, 2, 3, 4, 5, 6], 4, 2)]
-    [([0, 1, 2, 3, 4], 1), ([2, 3, 4, 5, 6], 3)]
-    """
-    begin, end = 0, min(len(ids), context_tokens + 1)
-    yield ConditionedIds(list(ids[:end]), target_start=1)
-    while end < len(ids):
-        begin += stride_tokens
-        scored_until, end = end, min(len(ids), begin + context_tokens + 1)
-        yield ConditionedIds(list(ids[begin:end]), target_start=scored_until - begin)
 
 
 def document_loss(

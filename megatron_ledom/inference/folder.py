@@ -1,7 +1,7 @@
-"""What a Hugging Face model folder says about itself, read without torch or transformers.
+"""What a model's folder says about itself, read without torch or transformers.
 
 Owns the reading of the `ledom` record that the conversion writes into
-`config.json`, and the refusal of a model that runs the wrong way. It doesn't load
+`config.json`, or of a checkpoint's arguments, and the refusal of a model that runs the wrong way. It doesn't load
 weights (`model.py`) and doesn't write folders (`megatron_ledom.convert`).
 """
 
@@ -20,19 +20,21 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 @dataclass(frozen=True)
 class FolderRecord:
-    """A model folder and what its `config.json` says.
+    """A model folder and what its `config.json`, or the arguments of its checkpoint, say.
 
     Attributes:
         folder: where it is.
-        config: the parsed `config.json`.
+        config: the parsed `config.json`; of a checkpoint what is known before it is loaded.
         direction: `ledom.direction`, or None in a model that was not exported here.
         tokenizer_fingerprint: `ledom.tokenizer_fingerprint`, or None.
+        is_checkpoint: whether it is Megatron's and not Hugging Face's.
     """
 
     folder: Path
     config: dict[str, Any]
     direction: Direction | None
     tokenizer_fingerprint: str | None
+    is_checkpoint: bool = False
 
 
 def load_record(folder: str | Path) -> FolderRecord:
@@ -41,6 +43,7 @@ def load_record(folder: str | Path) -> FolderRecord:
     Raises:
         InputError: the folder, its `config.json` or its tokenizer is missing, or the
             configuration is not a JSON object.
+        CheckpointError: the folder is Megatron's, and its checkpoint is unfinished or damaged.
         DirectionError: a `ledom` record whose direction is absent or unknown.
     """
     folder = Path(folder)
@@ -49,10 +52,7 @@ def load_record(folder: str | Path) -> FolderRecord:
         raise InputError(f"model folder {folder}: {found}. Name a folder written by tools/convert_to_hf.py")
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(
-            f"model folder {folder} has no config.json: it is not a Hugging Face model. "
-            "A Megatron checkpoint becomes one with tools/convert_to_hf.py"
-        )
+        return _checkpoint_record(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(
             f"model folder {folder} has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}). "
@@ -65,6 +65,21 @@ def load_record(folder: str | Path) -> FolderRecord:
     said = record.get("direction", "nothing") if isinstance(record, dict) else repr(record)
     direction = Direction.parse(str(said), where=f"{path}, key ledom.direction,")
     return FolderRecord(folder, config, direction, record.get("tokenizer_fingerprint"))
+
+
+def _checkpoint_record(folder: Path) -> FolderRecord:
+    from megatron_ledom.checkpoint import Checkpoint
+    from megatron_ledom.checkpoint.locate import INDEX, TRACKER
+
+    if not any((folder / name).is_file() for name in (TRACKER, INDEX)):
+        raise InputError(
+            f"model folder {folder} has no config.json: it is not a Hugging Face model, and no Megatron checkpoint "
+            f"either (no {TRACKER})"
+        )
+    checkpoint = Checkpoint.open(folder)
+    config = {"max_position_embeddings": getattr(checkpoint.args, "max_position_embeddings", None)}
+    fingerprint = getattr(checkpoint.args, "tokenizer_fingerprint", None)
+    return FolderRecord(folder, config, checkpoint.direction, fingerprint, is_checkpoint=True)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -92,10 +107,11 @@ def check_direction(record: FolderRecord, wanted: Direction, assumed: Direction 
         DirectionError: the model isn't known to run in the wanted direction.
     """
     where = record.folder / "config.json"
+    source = "its saved arguments" if record.is_checkpoint else f"{where}, key ledom.direction"
     if record.direction is not None:
         if record.direction is not wanted:
             raise DirectionError(
-                f"{record.folder} is a {record.direction} model ({where}, key ledom.direction), "
+                f"{record.folder} is a {record.direction} model ({source}), "
                 f"a {wanted} model is needed here. Name the {wanted} model's folder"
             )
         return

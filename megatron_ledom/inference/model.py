@@ -14,7 +14,7 @@ could merge across the seam.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -27,6 +27,7 @@ from megatron_ledom.inference import DEFAULT_BATCH_TOKENS
 from megatron_ledom.inference.folder import FolderRecord, check_direction, load_record
 from megatron_ledom.inference.sampling import Sampling, WrittenText
 from megatron_ledom.inference.scoring import TokenScorer
+from megatron_ledom.inference.windows import cut_windows
 from megatron_ledom.inference.writing import write_ids
 
 
@@ -37,10 +38,14 @@ class Score:
     Attributes:
         logprob: total, natural logarithm.
         token_logprobs: one per scored token, in natural order.
+        num_windows: in how many pieces the text was read; more than 1 only where that was asked for.
+        is_greedy: whether writing without chance would have given these tokens.
     """
 
     logprob: float
     token_logprobs: tuple[float, ...]
+    num_windows: int = 1
+    is_greedy: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -76,10 +81,11 @@ class DirectedLM:
         dtype: torch.dtype | None = None,
         assume_direction: Direction | str | None = None,
     ) -> Self:
-        """Load a Hugging Face causal LM folder.
+        """Load a Hugging Face causal LM folder, or a checkpoint of tools/pretrain.py as it is.
 
         Args:
-            folder: written by tools/convert_to_hf.py, or any other that `AutoModelForCausalLM` loads.
+            folder: RUN/checkpoints, or written by tools/convert_to_hf.py, or any other that `AutoModelForCausalLM`
+                loads.
             device: "auto", "cpu" or "cuda".
             dtype: of the weights; by default float32 on a CPU (bfloat16 runs an order of
                 magnitude slower there) and the saved dtype on a GPU.
@@ -88,6 +94,7 @@ class DirectedLM:
 
         Raises:
             InputError: the folder is missing, incomplete, or doesn't load.
+            CheckpointError: a checkpoint that is unfinished, damaged, or no Llama.
             DirectionError: the model runs the other way, or doesn't say that it is a reverse model.
         """
         record = load_record(folder)
@@ -95,6 +102,12 @@ class DirectedLM:
         check_direction(record, cls.direction, assumed)
         target = resolve_device(device)
         wanted = dtype if dtype is not None else (torch.float32 if target == "cpu" else "auto")
+        if record.is_checkpoint:
+            from megatron_ledom.convert.in_memory import load_llama
+
+            config, model, tokenizer = load_llama(record.folder, dtype=_stored_dtype(wanted))
+            model = model.to(target, dtype=None if wanted == "auto" else wanted)
+            return cls(replace(record, config=config), model, tokenizer)
         model, tokenizer = _load_transformers(record.folder, wanted)
         return cls(record, model.to(target).eval(), tokenizer)
 
@@ -106,23 +119,27 @@ class DirectedLM:
         """Return the text of ids in natural order; bytes that form no character become U+FFFD."""
         return str(self.tokenizer.decode(list(ids_nat), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def arrange(self, target: str, given: str, *, closed: bool = False, what: str = "the texts") -> ConditionedIds:
+    def arrange(
+        self, target: str, given: str, *, closed: bool = False, windowed: bool = False, what: str = "the texts"
+    ) -> ConditionedIds:
         """Tokenise two texts and lay them out for log P(target given the other).
 
         Args:
             target: the text to be scored.
             given: the text conditioned on: what precedes (forward) or follows (reverse) the target.
             closed: also score the boundary beyond the target.
+            windowed: take texts that are longer than the context, to be read in overlapping windows.
             what: names the texts in an error.
 
         Raises:
-            InputError: the target has no token, or the texts are longer than the context.
+            InputError: the target has no token, or the texts are longer than the context and not `windowed`.
         """
         target_ids = self.encode(target)
         if not target_ids and not closed:
             raise InputError(f"{what}: the text to be scored has no token. Remove it")
         layout = condition(target_ids, self.encode(given), self.direction, boundary_id=self.boundary_id, closed=closed)
-        self.check_length(len(layout.ids) - 1, what)
+        if not windowed:
+            self.check_length(len(layout.ids) - 1, what)
         return layout
 
     def check_length(self, num_tokens: int, what: str) -> None:
@@ -144,7 +161,7 @@ class DirectedLM:
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
         on_batch: Callable[[int], None] | None = None,
     ) -> list[Score]:
-        """Score sequences laid out by `arrange`.
+        """Score sequences laid out by `arrange`; longer ones than the context in windows of half its stride.
 
         Args:
             layouts: what to score.
@@ -156,22 +173,44 @@ class DirectedLM:
         Returns:
             One `Score` per layout, in the order given.
         """
-        scored = self._scorer.score(layouts, batch_tokens=batch_tokens, on_batch=on_batch)
-        return [Score(sum(values), tuple(to_natural_order(values, self.direction))) for values in scored]
+        pieces = [self._windows(layout) for layout in layouts]
+        scored = iter(
+            self._scorer.score([w for each in pieces for w in each], batch_tokens=batch_tokens, on_batch=on_batch)
+        )
+        scores = []
+        for windows in pieces:
+            found = [next(scored) for _ in windows]
+            values = to_natural_order([value for each in found for value in each.logprobs], self.direction)
+            scores.append(Score(sum(values), tuple(values), len(windows), all(each.is_greedy for each in found)))
+        return scores
+
+    def _windows(self, layout: ConditionedIds) -> list[ConditionedIds]:
+        context = self.context_tokens
+        if context is None or len(layout.ids) - 1 <= context:
+            return [layout]
+        return list(cut_windows(layout.ids, context, max(1, context // 2), target_start=layout.target_start))
 
     def logprobs(
-        self, pairs: Iterable[tuple[str, str]], *, closed: bool = False, batch_tokens: int = DEFAULT_BATCH_TOKENS
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        closed: bool = False,
+        windowed: bool = False,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
     ) -> list[Score]:
         """Score many (target, given) pairs; see `logprob` for one.
 
         Raises:
             InputError: an empty target or a pair longer than the context; the message names its index.
         """
-        layouts = [self.arrange(t, g, closed=closed, what=f"pair {i}") for i, (t, g) in enumerate(pairs)]
+        layouts = [
+            self.arrange(target, given, closed=closed, windowed=windowed, what=f"pair {i}")
+            for i, (target, given) in enumerate(pairs)
+        ]
         return self.score(layouts, batch_tokens=batch_tokens)
 
-    def _logprob(self, target: str, given: str, closed: bool) -> Score:
-        return self.score([self.arrange(target, given, closed=closed)])[0]
+    def _logprob(self, target: str, given: str, closed: bool, windowed: bool) -> Score:
+        return self.score([self.arrange(target, given, closed=closed, windowed=windowed)])[0]
 
 
 class ForwardLM(DirectedLM):
@@ -179,13 +218,13 @@ class ForwardLM(DirectedLM):
 
     direction = Direction.FORWARD
 
-    def logprob(self, later: str, given_earlier: str, *, closed: bool = False) -> Score:
+    def logprob(self, later: str, given_earlier: str, *, closed: bool = False, windowed: bool = False) -> Score:
         """Score log P(later given the earlier text); with `closed`, also that the document ends there.
 
         Raises:
-            InputError: `later` has no token, or the texts are longer than the context.
+            InputError: `later` has no token, or the texts are longer than the context and not `windowed`.
         """
-        return self._logprob(later, given_earlier, closed)
+        return self._logprob(later, given_earlier, closed, windowed)
 
 
 class ReverseLM(DirectedLM):
@@ -193,13 +232,13 @@ class ReverseLM(DirectedLM):
 
     direction = Direction.REVERSE
 
-    def logprob(self, earlier: str, later: str, *, closed: bool = False) -> Score:
+    def logprob(self, earlier: str, later: str, *, closed: bool = False, windowed: bool = False) -> Score:
         """Score log P(earlier given the later text); with `closed`, also that the document begins there.
 
         Raises:
-            InputError: `earlier` has no token, or the texts are longer than the context.
+            InputError: `earlier` has no token, or the texts are longer than the context and not `windowed`.
         """
-        return self._logprob(earlier, later, closed)
+        return self._logprob(earlier, later, closed, windowed)
 
     def write_before(
         self,
@@ -209,6 +248,7 @@ class ReverseLM(DirectedLM):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
         seed: int = 0,
         num_samples: int = 1,
         greedy: bool = False,
@@ -218,15 +258,24 @@ class ReverseLM(DirectedLM):
         Returns:
             `num_samples` texts in natural order, without `text` itself.
         """
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, num_samples, greedy)
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, num_samples, greedy, min_p)
         return [written.earlier for written in self.write(text, sampling)]
 
-    def write(self, text: str, sampling: Sampling) -> list[WrittenText]:
+    def write(
+        self,
+        text: str,
+        sampling: Sampling,
+        *,
+        on_step: Callable[[list[WrittenText]], None] | None = None,
+        stop_when: Callable[[str], bool] | None = None,
+    ) -> list[WrittenText]:
         """Write texts that precede `text`, leftwards, until the document's beginning or the token limit.
 
         Args:
             text: what comes after; the document ends with it. May be empty: then whole documents are written.
             sampling: how to choose tokens.
+            on_step: called after each token with what every sample is so far.
+            stop_when: asked after each token about the earlier text of a sample, which ends there if so.
 
         Returns:
             One result per sample. The same seed, model, text, device and settings give the same samples.
@@ -238,14 +287,23 @@ class ReverseLM(DirectedLM):
         self.check_length(1 + len(later_nat) + sampling.max_new_tokens, "the text and the new tokens asked for")
         # What the model reads first: the boundary, then the later text from its end.
         prompt = [self.boundary_id, *to_model_order(later_nat, self.direction)]
-        results = []
-        for ids_rev, finished in write_ids(self.model, prompt, sampling, self._stop_ids()):
+
+        def as_text(ids_rev: list[int], finished: bool) -> WrittenText:
             earlier_nat = to_natural_order(ids_rev, self.direction)
             # Decoded together: at the seam a tokenizer may put a space, or join bytes into a character.
             whole = self.decode([*earlier_nat, *later_nat])
             earlier = whole.removesuffix(text) if whole.endswith(text) else self.decode(earlier_nat)
-            results.append(WrittenText(earlier, whole, len(ids_rev), finished))
-        return results
+            return WrittenText(earlier, whole, len(ids_rev), finished)
+
+        def look(grown: list[tuple[list[int], bool]]) -> list[bool]:
+            samples = [as_text(*each) for each in grown]
+            if on_step is not None:
+                on_step(samples)
+            return [stop_when is not None and stop_when(sample.earlier) for sample in samples]
+
+        is_watched = on_step is not None or stop_when is not None
+        grown = write_ids(self.model, prompt, sampling, self._stop_ids(), look=look if is_watched else None)
+        return [as_text(*each) for each in grown]
 
     def _stop_ids(self) -> list[int]:
         """Ids that mean the document's beginning: the boundary, and a start-of-text id of others' models."""
@@ -261,6 +319,13 @@ def load_lm(folder: str | Path, *, device: str = "auto", dtype: torch.dtype | No
     """
     kind = ReverseLM if load_record(folder).direction is Direction.REVERSE else ForwardLM
     return kind.load(folder, device=device, dtype=dtype)
+
+
+def _stored_dtype(wanted: torch.dtype | str) -> str:
+    """The dtype to read a checkpoint in: one that it can be stored in, before it becomes what was asked for."""
+    if wanted == "auto":
+        return "checkpoint"
+    return "float32" if wanted is torch.float64 else str(wanted).removeprefix("torch.")
 
 
 def _find_boundary_id(record: FolderRecord, tokenizer: Any, direction: Direction) -> int:

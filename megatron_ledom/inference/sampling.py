@@ -19,6 +19,7 @@ class Sampling:
         seed: of the random draw; samples of one call share it and differ.
         num_samples: how many texts to write.
         greedy: always take the likeliest token; then a single sample only.
+        min_p: drop tokens with less than this share of the likeliest one's probability; in [0, 1), 0 keeps all.
     """
 
     max_new_tokens: int = 128
@@ -28,6 +29,7 @@ class Sampling:
     seed: int = 0
     num_samples: int = 1
     greedy: bool = False
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         rules = [
@@ -35,6 +37,7 @@ class Sampling:
             ("temperature", self.temperature > 0, "above 0 (for the likeliest token each time, use greedy)"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p < 1, "0 (all tokens) or more, and below 1"),
             ("seed", 0 <= self.seed < 2**63, "0 or more"),
             ("num_samples", self.num_samples >= 1, "1 or more"),
             ("num_samples", self.num_samples == 1 or not self.greedy, "1 with greedy: all samples would be the same"),

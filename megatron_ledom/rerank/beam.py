@@ -81,6 +81,7 @@ class BeamSettings:
             "temperature": s.temperature,
             "top_k": s.top_k,
             "top_p": s.top_p,
+            "min_p": s.min_p,
             "seed": s.seed,
         }
 

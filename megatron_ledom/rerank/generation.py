@@ -57,6 +57,7 @@ class GenerationSettings:
             "temperature": s.temperature,
             "top_k": s.top_k,
             "top_p": s.top_p,
+            "min_p": s.min_p,
             "seed": s.seed,
             "separator": self.separator,
             "stop_pattern": self.stop_pattern,

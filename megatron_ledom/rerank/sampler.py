@@ -124,7 +124,7 @@ def _generation_config(sampling: Sampling, stop_ids: Sequence[int]) -> Any:
     chosen: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
     if not sampling.greedy:
         chosen = {"do_sample": True, "temperature": sampling.temperature}
-        chosen |= {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": 0.0}
+        chosen |= {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p}
     return GenerationConfig(
         **chosen,
         max_new_tokens=sampling.max_new_tokens,

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small_run import SMALL, Pretrain
 
 from megatron_ledom.data.dataset import sequence_lengths
 from megatron_ledom.data.pairs import pack
 from megatron_ledom.inference import ReverseLM
+from megatron_ledom.inference.sampling import Sampling
 from megatron_ledom.testing import run_distributed, run_tool
 from megatron_ledom.train.metrics import TRAIN_LOSS, read_scalars
 
@@ -67,6 +69,12 @@ def test_the_loss_is_the_score_of_the_questions_and_nothing_else(
     scores = lm.logprobs([(p["question"], SEPARATOR + p["answer"]) for p in word_problems()], closed=True)
     expected = -sum(score.logprob for score in scores) / sum(score.num_tokens for score in scores)
     assert expected > 7.5  # far from the even distribution's 6.93, so that a wrong mask or neighbour shows
+    later = lm.tokenizer.encode(" = 12", add_special_tokens=False)
+    prompt = torch.tensor([[0, *later[::-1]]])
+    grown = lm.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)
+    (written,) = lm.write(" = 12", Sampling(max_new_tokens=20, greedy=True))
+    new = grown[0, prompt.shape[1] :].tolist()[: written.num_tokens]
+    assert written.whole == lm.tokenizer.decode(new[::-1] + later)
     for name in ("padded", "packed", "megatron", "ledom"):
         assert read_scalars(tmp_path / name, TRAIN_LOSS)[1] == pytest.approx(expected, rel=1e-5), name
 

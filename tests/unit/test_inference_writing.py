@@ -90,6 +90,27 @@ def test_top_k_of_one_is_greedy(lm: ReverseLM) -> None:
     assert lm.write_before(LATER, max_new_tokens=20, top_p=1e-6) == greedy
 
 
+def test_min_p_keeps_what_is_likely_beside_the_likeliest(lm: ReverseLM) -> None:
+    assert lm.write_before(LATER, max_new_tokens=20, min_p=0.999) == lm.write_before(
+        LATER, max_new_tokens=20, greedy=True
+    )
+    prompt = torch.tensor([[0, *lm.encode(LATER)[::-1]]])
+    probabilities = lm.model(prompt).logits[0, -1].detach().double().softmax(-1)
+    kept = torch.nonzero(probabilities >= 0.3 * probabilities.max())[:, 0].tolist()
+    results = lm.write(LATER, Sampling(max_new_tokens=1, num_samples=200, min_p=0.3))
+    assert 1 < len(kept) < 20
+    assert {r.whole for r in results} == {lm.decode([i]) + LATER for i in kept}
+
+
+def test_what_is_written_so_far_is_told_after_each_token(lm: ReverseLM) -> None:
+    sampling = Sampling(max_new_tokens=12, num_samples=3, seed=4)
+    told: list[list[str]] = []
+    results = lm.write(LATER, sampling, on_step=lambda samples: told.append([s.whole for s in samples]))
+    assert results == lm.write(LATER, sampling)
+    assert len(told) == 12
+    assert told[-1] == [r.whole for r in results]
+
+
 def test_settings_in_the_models_folder_do_not_leak_in(tokenizer_folder: Path, tmp_path: Path, lm: ReverseLM) -> None:
     folder = save_random_model(tmp_path / "m", tokenizer_folder, "reverse")
     settings = {"repetition_penalty": 9.0, "top_k": 1, "do_sample": True, "min_p": 0.9, "max_length": 3}
@@ -108,7 +129,15 @@ def test_more_than_the_context_is_refused(lm: ReverseLM) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_new_tokens", 0), ("temperature", 0.0), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("seed", -1)],
+    [
+        ("max_new_tokens", 0),
+        ("temperature", 0.0),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("min_p", 1.0),
+        ("seed", -1),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(name: str, value: float) -> None:
     with pytest.raises(UsageError, match=f"{name} is {value}"):

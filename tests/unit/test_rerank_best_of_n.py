@@ -68,8 +68,8 @@ def test_rewards_and_ranks_follow_from_the_models_own_scores(
             assert candidate.get("origin") == (None if isinstance(original, str) else original["origin"])
             of_answer = forward.logprob(text, asked["question"] + "\n")
             of_question = reverse.logprob(asked["question"], "\n" + text)
-            assert candidate["forward_logprob"] == pytest.approx(of_answer.logprob, abs=1e-5)
-            assert candidate["reverse_logprob"] == pytest.approx(of_question.logprob, abs=1e-5)
+            assert candidate["forward_logprob"] == pytest.approx(of_answer.logprob, rel=1e-6)
+            assert candidate["reverse_logprob"] == pytest.approx(of_question.logprob, rel=1e-6)
             assert candidate["num_forward_tokens"] == of_answer.num_tokens
             assert candidate["num_reverse_tokens"] == of_question.num_tokens
             lengths = {
