@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ GENERATORS: dict[str, dict[str, Any]] = {
     "gsm_symbolic": {},
 }
 SEPARATOR = "\nAnswer:"
+LOOKED_AT = 20  # questions drawn for each that is wanted, since long ones are passed over
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,14 +36,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", "-o", type=Path, required=True, help="folder for everything; made if absent")
     parser.add_argument("--generators", nargs="+", choices=list(GENERATORS), default=list(GENERATORS))
     parser.add_argument("--num-questions", type=int, default=60, help="in all (default: %(default)s)")
+    parser.add_argument(
+        "--longest-chars", type=int, default=300, help="of a question, for short contexts (default: %(default)s)"
+    )
     parser.add_argument("--num-samples", type=int, default=8, help="answers to each (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="longest answer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of questions and samples (default: %(default)s)")
     return parser
 
 
-def write_questions(path: Path, generators: Sequence[str], count: int, seed: int) -> None:
+def write_questions(path: Path, generators: Sequence[str], count: int, longest_chars: int, seed: int) -> None:
     """Write `count` questions with their answers, the same number of each generator (one more of the first).
+
+    Args:
+        path: JSONL to write.
+        generators: names of reasoning-gym's.
+        count: questions in all.
+        longest_chars: longer questions are passed over.
+        seed: of the generators.
 
     Raises:
         InputError: reasoning-gym is not installed.
@@ -52,8 +64,9 @@ def write_questions(path: Path, generators: Sequence[str], count: int, seed: int
         raise InputError("the questions come from the package reasoning-gym: pip install reasoning-gym") from error
     with path.open("w", encoding="utf-8") as file:
         for place, name in enumerate(generators):
-            number = len(range(place, count, len(generators)))
-            for item in reasoning_gym.create_dataset(name, size=number, seed=seed, **GENERATORS[name]):
+            items = reasoning_gym.create_dataset(name, size=LOOKED_AT * count, seed=seed, **GENERATORS[name])
+            fitting = (item for item in items if len(item["question"]) <= longest_chars)
+            for item in islice(fitting, len(range(place, count, len(generators)))):
                 record = {"question": item["question"], "answer": item["answer"], "generator": name}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -76,7 +89,7 @@ def main(argv: list[str]) -> int:
     folder = args.output
     folder.mkdir(parents=True, exist_ok=True)
     questions, candidates, ranked = (folder / f"{name}.jsonl" for name in ("questions", "candidates", "ranked"))
-    write_questions(questions, args.generators, args.num_questions, args.seed)
+    write_questions(questions, args.generators, args.num_questions, args.longest_chars, args.seed)
     run_tool(
         "sample_answers.py",
         *("--model", args.forward_model, "--input", questions, "--output", candidates, "--overwrite"),
