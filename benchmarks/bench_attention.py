@@ -1,6 +1,6 @@
 """Claim: fused reversed-causal attention on natural order beats flipping and torch's causal attention.
 
-    python benchmarks/bench_attention.py [--shapes 1,16,2048,64 ...] [--repeats 7] [--path auto] [--output RESULT.json]
+    python benchmarks/bench_attention.py [--shapes 1,16,2048,64 ...] [--repeats 7] [--path avx2] [--output RESULT.json]
 
 Every repeat times each variant once, in turn, on the same inputs; ratios are of times of one repeat, and their median
 is compared with the aim. Variants:
@@ -32,9 +32,8 @@ from measuring import say, spread, write_record
 from megatron_ledom.direction import Direction
 from megatron_ledom.ops.attention import attention
 from megatron_ledom.ops.fallback import attend, torch_attention
-from megatron_ledom.ops.kernels import describe_kernels
+from megatron_ledom.ops.kernels import cpu_paths, describe_kernels
 from megatron_ledom.ops.mask import AttentionMask, dense_mask, documents_from_lengths, intervals, natural_order_mask
-from megatron_ledom.ops.path import choose_path
 
 SHAPES = ("1,16,2048,64", "1,16,4096,128", "1,16,2048,192")
 MEAN_DOCUMENT_TOKENS = 512
@@ -48,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--path", default="auto", help="kernel path, or auto")
+    parser.add_argument("--path", default=cpu_paths()[0], help="kernel path (default: the processor's best)")
     parser.add_argument("--output", type=Path)
     return parser
 
@@ -173,7 +172,7 @@ def main() -> int:
         " ".join(["python", *sys.argv]),
         load_before,
         threads=arguments.threads,
-        path=choose_path(torch.device("cpu"), torch.float32, arguments.path).name,
+        path=arguments.path,
         torch=torch.__version__,
         torch_capability=torch.backends.cpu.get_cpu_capability(),
         environment={n: v for n, v in os.environ.items() if n.endswith(("CPU_CAPABILITY", "INSTRUCTIONS", "CPU_ISA"))},
