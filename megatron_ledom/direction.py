@@ -24,7 +24,7 @@ that the text has ended, a reverse model that the text has begun.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +168,30 @@ def stored_batch(documents_nat: Sequence[np.ndarray], direction: Direction, eod_
         closed[1 if is_first else 0 :: 2] = parts
         parts = closed
     return to_model_order(np.concatenate(parts), direction)
+
+
+def turn_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a training sample of a reverse model from the model's order into natural order.
+
+    Labels stay with their tokens: the label of a token is the one before it in the text.
+
+        model's order    tokens  d c b    labels  c b a    positions  0 1 2
+        natural order            b c d            a b c               2 1 0
+
+    Args:
+        sample: name to tensor or array, each [..., S].
+    """
+    return {name: flip(values) for name, values in sample.items()}
+
+
+def turn_spans(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn the bounds of every token's document along with a sample: [S] each, indices into the sample.
+
+    >>> turn_spans(np.array([0, 0, 0, 3]), np.array([2, 2, 2, 3]))
+    (array([0, 1, 1, 1]), array([0, 3, 3, 3]))
+    """
+    end = len(first) - 1
+    return end - flip(last), end - flip(first)
 
 
 @dataclass(frozen=True)

@@ -11,3 +11,4 @@ MODULES = (
 if __name__ == "__main__":
     for name in MODULES:
         importlib.import_module(name)
+    print(importlib.import_module("megatron_ledom.ops.kernels").describe_kernels())

@@ -4,7 +4,7 @@
 #   scripts/setup_env.sh      (what `make env` runs; a second run returns at once)
 #
 # .venv/.complete is written last. It names what the environment was made for (the checkout's path, the Python, the
-# metadata's hash), so that an interrupted, copied, moved or outdated environment is recognised and mended.
+# hash of metadata and kernels), so that an interrupted, copied, moved or outdated environment is recognised and mended.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,7 +15,7 @@ say() { echo "env: $*" >&2; }
 
 wanted_stamp() {
   echo "checkout $PWD"
-  cat pyproject.toml setup.py | sha256sum | cut -d' ' -f1
+  { cat pyproject.toml setup.py; [ ! -d csrc ] || find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 cat; } | sha256sum | cut -d' ' -f1
   "$venv/bin/python" -c 'import sys; print("python", sys.version.split()[0])' 2>/dev/null || echo "python is broken"
 }
 

@@ -20,7 +20,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.datasets.utils import Split
 
 from megatron_ledom.data import order
-from megatron_ledom.direction import flip
+from megatron_ledom.direction import flip, turn_sample, turn_spans
 from megatron_ledom.errors import InputError
 from megatron_ledom.log import get_logger
 
@@ -31,18 +31,49 @@ INDICES = ("document_index", "sample_index", "shuffle_index")
 class DatasetConfig(GPTDatasetConfig):
     """Megatron's configuration, and what ours adds.
 
+    Samples are made in the model's order, as the files hold them or read them backwards; `turned_samples` puts each
+    into natural order afterwards, so that a run reads the same samples either way.
+
     Attributes:
         data_order: one of `order.ORDERS`.
         turned: prefix -> whether its documents are closed by an end-of-document id, for the files that
             are read in the other direction.
         identities: prefix -> what its bytes are (a hash, or sizes): indices that are cached for other
             bytes under the same name are not used.
+        turned_samples: samples come in natural order, for a reverse model.
+        document_bounds: `attention_mask` holds the first and last token of every token's document, int32 [2, S].
     """
 
     data_order: str = order.EPOCHS
     turned: dict[str, bool] = field(default_factory=dict)
     identities: dict[str, str] = field(default_factory=dict)
     order_version: int = order.SCHEME_VERSION
+    turned_samples: bool = False
+    document_bounds: bool = False
+
+
+def arrange_sample(sample: dict[str, Any], config: DatasetConfig) -> dict[str, Any]:
+    """Add the bounds of documents to a sample in the model's order, and put it into natural order, where asked for."""
+    bounds = document_bounds(sample["tokens"].numpy() == config.tokenizer.eod) if config.document_bounds else None
+    if config.turned_samples:
+        assert "attention_mask" not in sample, "a dense mask is not turned: documents come as bounds"
+        sample = turn_sample(sample)
+        bounds = None if bounds is None else turn_spans(*bounds)
+    if bounds is not None:
+        sample["attention_mask"] = torch.from_numpy(np.stack(bounds).astype(np.int32))
+    return sample
+
+
+def document_bounds(is_end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last index of every token's document; a document ends where `is_end`, or with the sample.
+
+    >>> document_bounds(np.array([False, False, True, False]))
+    (array([0, 0, 0, 3]), array([2, 2, 2, 3]))
+    """
+    ends = [*np.flatnonzero(is_end[:-1]).tolist(), len(is_end) - 1]
+    sizes = np.diff([-1, *ends])
+    last = np.repeat(ends, sizes)
+    return last - np.repeat(sizes, sizes) + 1, last
 
 
 class TurnedDataset:
@@ -90,8 +121,18 @@ class TurnedDataset:
         return np.concatenate([ids, self.stored.get(idx, offset=num_turned, length=1)])
 
 
+class MockDataset(MockGPTDataset):
+    """Megatron's mock data, in the order that is asked for."""
+
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        return arrange_sample(super().__getitem__(idx), self.config)
+
+
 class MegatronOrderDataset(GPTDataset):
     """Megatron's dataset in Megatron's order, over documents that may be turned."""
+
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        return arrange_sample(super().__getitem__(idx), self.config)
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: DatasetConfig) -> Any:
@@ -247,6 +288,6 @@ def build_datasets(config: DatasetConfig, num_samples: Sequence[int | None]) -> 
         num_samples: wanted of each; None for one epoch.
     """
     classes = {order.EPOCHS: EpochOrderDataset, order.MEGATRON: MegatronOrderDataset}
-    kind = MockGPTDataset if config.mock else classes[config.data_order]
+    kind = MockDataset if config.mock else classes[config.data_order]
     train, valid, test = BlendedMegatronDatasetBuilder(kind, list(num_samples), lambda: True, config).build()
     return train, valid, test

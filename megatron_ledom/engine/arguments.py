@@ -98,6 +98,13 @@ def add_ledom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="cuda where torch sees one, else Megatron on the CPU with gloo (default: auto)",
     )
     group.add_argument(
+        "--attention",
+        choices=["auto", "megatron", "ledom"],
+        default="auto",
+        help="ledom: samples in natural order, in which a reverse model attends what follows and counts positions "
+        "from the end; auto: the CPU kernels on samples in the model's order, on CUDA Megatron's own (default: auto)",
+    )
+    group.add_argument(
         "--run-dir",
         type=Path,
         metavar="RUN",

@@ -2,17 +2,20 @@
 
 Both give the same checkpoint keys (Megatron maps the local names to Transformer
 Engine's), so a checkpoint written on the CPU loads on a GPU and the other way round.
-It owns the choice and one module, `RMSNorm`; the rest is Megatron's.
+It owns the choice and one module, `RMSNorm`; our core attention is in `attention`, the rest is Megatron's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
+
+    from megatron_ledom.model.attention import AttentionPlan
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -36,7 +39,16 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
+def layer_spec_builder(plan: AttentionPlan) -> Callable[..., Any]:
+    """Return `build_layer_spec` for a run whose attention is planned, in the form that Megatron calls."""
+
+    def build(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
+        return build_layer_spec(config, vp_stage, plan)
+
+    return build
+
+
+def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, plan: AttentionPlan | None = None) -> Any:
     """Return the specification of this pipeline stage's layers.
 
     Megatron's own choice stands for Transformer Engine, experts, latent attention and
@@ -46,6 +58,7 @@ def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any
     Args:
         config: Megatron's model configuration.
         vp_stage: the virtual pipeline stage, with interleaving.
+        plan: what computes attention; None for Megatron's own.
 
     Returns:
         A `ModuleSpec` or `TransformerBlockSubmodules`, as Megatron's `GPTModel` takes them.
@@ -60,6 +73,9 @@ def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any
     transformer = config.transformer
     is_plain_layer = getattr(layer, "module", None) is TransformerLayer
     is_dense = transformer.num_moe_experts is None and not transformer.multi_latent_attention
+    if plan is not None and plan.is_ours:
+        assert is_plain_layer and is_dense, "planned for dense layers"
+        _put_attention(layer, plan)
     is_local_rms = transformer.transformer_impl == "local" and transformer.normalization == "RMSNorm"
     if not (is_plain_layer and is_dense and is_local_rms):
         return layer
@@ -67,3 +83,16 @@ def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any
     layer.submodules.pre_mlp_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(transformer, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def _put_attention(layer: Any, plan: AttentionPlan) -> None:
+    """Put our core attention, and the self-attention that feeds it, into the specification of a layer."""
+    from megatron.core.transformer.attention import SelfAttention
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from megatron_ledom.model.attention import CoreAttention, SelfAttentionWithAngles
+
+    part = layer.submodules.self_attention
+    assert part.module is SelfAttention, part.module
+    part.module = SelfAttentionWithAngles
+    part.submodules.core_attention = ModuleSpec(module=CoreAttention, params={"plan": plan})

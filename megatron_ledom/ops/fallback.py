@@ -26,22 +26,24 @@ def torch_attention(
     left, right = mask.reach(seq)
     is_whole = mask.documents is None
     if is_whole and (left, right) == (seq, 0):
-        return _attend(q_BSHD, k_BSGD, v_BSGD, scale)
+        return attend(q_BSHD, k_BSGD, v_BSGD, scale)
     if is_whole and (left, right) == (0, seq):
-        return _attend(q_BSHD.flip(1), k_BSGD.flip(1), v_BSGD.flip(1), scale).flip(1)
+        return attend(q_BSHD.flip(1), k_BSGD.flip(1), v_BSGD.flip(1), scale).flip(1)
     allowed = dense_mask(mask, batch, seq, q_BSHD.device)
     is_empty = ~allowed.any(dim=-1)
     allowed |= is_empty[..., None]  # torch's own answer for such rows has changed between its versions
-    return _attend(q_BSHD, k_BSGD, v_BSGD, scale, allowed[:, None]).masked_fill(is_empty[..., None, None], 0.0)
+    return attend(q_BSHD, k_BSGD, v_BSGD, scale, allowed[:, None]).masked_fill(is_empty[..., None, None], 0.0)
 
 
-def _attend(
+def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, allowed: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Call torch on [B, S, H, D]; causal without `allowed`."""
+    """Call torch on [B, S, H, D] and [B, S, G, D]; causal without `allowed`, a bool mask [B, 1, S, S]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    is_grouped = q.shape[1] != k.shape[1]
+    group = q.shape[1] // k.shape[1]
+    if group > 1:  # torch 2.14's own `enable_gqa` writes the scores out once a gradient is wanted: 3.5 times slower
+        k, v = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))
     output: torch.Tensor = scaled_dot_product_attention(
-        q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale, enable_gqa=is_grouped
+        q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale
     )
     return output.transpose(1, 2)

@@ -23,6 +23,7 @@ from megatron_ledom.log import get_logger
 
 if TYPE_CHECKING:
     from megatron_ledom.data.megatron_dataset import DatasetConfig
+    from megatron_ledom.model.attention import AttentionPlan
 
 Blend = tuple[list[str], list[float] | None]
 Datasets = Mapping[str, CheckedDataset]
@@ -145,11 +146,21 @@ def report_plan(args: argparse.Namespace, datasets: Datasets, data_order: str) -
     return format_plan(plans, num_samples=num_samples, seq_length=args.seq_length, batch_size=batch_size(args))
 
 
-def build_dataset_config(args: argparse.Namespace, datasets: Datasets, tokenizer: Any) -> DatasetConfig:
-    """Turn Megatron's data flags, and what was found out about the files, into the datasets' configuration."""
+def build_dataset_config(
+    args: argparse.Namespace, datasets: Datasets, tokenizer: Any, plan: AttentionPlan | None = None
+) -> DatasetConfig:
+    """Turn Megatron's data flags, and what was found out about the files, into the datasets' configuration.
+
+    Args:
+        args: Megatron's namespace with ours.
+        datasets: prefix to what is known of it.
+        tokenizer: Megatron's.
+        plan: what computes attention; None for Megatron's own.
+    """
     from megatron_ledom.data.megatron_dataset import DatasetConfig
 
     blend, blend_per_split = weighted_blends(args, datasets, args.data_order)
+    has_bounds = plan is not None and plan.is_ours
     return DatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -163,7 +174,9 @@ def build_dataset_config(args: argparse.Namespace, datasets: Datasets, tokenizer
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
+        create_attention_mask=args.create_attention_mask_in_dataloader and not has_bounds,
+        document_bounds=args.reset_attention_mask and has_bounds,
+        turned_samples=plan is not None and plan.needs_turned_samples,
         multiple_validation_sets=args.multiple_validation_sets,
         full_validation=args.full_validation,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
@@ -187,7 +200,7 @@ def _read_sequences_per_dataset(path: str | None) -> dict[str, Any] | None:
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def build_datasets_provider(datasets: Datasets) -> Callable[..., tuple[Any, Any, Any]]:
+def build_datasets_provider(datasets: Datasets, plan: AttentionPlan) -> Callable[..., tuple[Any, Any, Any]]:
     """Return Megatron's dataset provider: (train, valid, test) sizes in samples -> three datasets.
 
     Every rank opens the files itself (`is_distributed`): they are memory-mapped, so the
@@ -200,7 +213,7 @@ def build_datasets_provider(datasets: Datasets) -> Callable[..., tuple[Any, Any,
 
         from megatron_ledom.data.megatron_dataset import build_datasets
 
-        return build_datasets(build_dataset_config(get_args(), datasets, get_tokenizer()), num_samples)
+        return build_datasets(build_dataset_config(get_args(), datasets, get_tokenizer(), plan), num_samples)
 
     provide.is_distributed = True  # type: ignore[attr-defined]
     return provide

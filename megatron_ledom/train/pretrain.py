@@ -4,7 +4,8 @@
 
 There is no training loop here. Which way the text runs is in the data: reversed
 documents are ordinary sequences to the network, so the forward step below is that of
-any causal language model. Legend: B batch, S sequence.
+any causal language model. With `--attention ledom` samples come in natural order and the
+attention and the positions run the other way; the forward step is still the same. Legend: B batch, S sequence.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from megatron_ledom.train.starting_point import check_same_model, model_from_che
 if TYPE_CHECKING:
     import torch
 
+    from megatron_ledom.model.attention import AttentionPlan
+
 ForwardStep = Callable[[Any, Any], tuple[Any, Callable[..., Any]]]
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -58,12 +61,15 @@ def main(argv: Sequence[str]) -> int:
         cpu.install()
     from megatron.training import get_tokenizer
 
+    from megatron_ledom.model.attention import plan_attention
+
     model = model_from_checkpoint(argv)
     parsed = parse_arguments(argv, device, model)
     facts = check_run(parsed)  # before anything is created
     if parsed.data_report_only:
         print_data_report(parsed, argv, facts)
         return 0
+    plan = plan_attention(parsed, device)
     defaults = model | vocabulary_rows(parsed, facts.hf_origin) | length_from_budget(parsed, argv)
     args = set_megatron_arguments(argv, device, defaults)
     for flag, checkpoint in facts.checkpoints.items():
@@ -82,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
         record_launch(args, argv, facts.datasets, start)
     save = Path(args.save) if args.save and args.rank == 0 else None
     with SavedHashes(save, start["steps"]):
-        run_pretraining(args, facts, started)
+        run_pretraining(args, facts, plan, started)
     return 0
 
 
@@ -103,27 +109,30 @@ def print_data_report(parsed: argparse.Namespace, argv: Sequence[str], facts: Ru
         print(report_plan(parsed, facts.datasets, data_order))
 
 
-def run_pretraining(args: argparse.Namespace, facts: RunFacts, started: float) -> None:
+def run_pretraining(args: argparse.Namespace, facts: RunFacts, plan: AttentionPlan, started: float) -> None:
     """Hand datasets, model and forward step to Megatron; `args` are its globals already."""
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
-    from megatron_ledom.model.spec import build_layer_spec
+    from megatron_ledom.model.spec import layer_spec_builder
+    from megatron_ledom.ops.kernels import describe_kernels
 
     get_logger(__name__).info(
         "%s model on %s: TP %d x PP %d x DP %d, run directory %s",
         *(args.direction, args.device, args.tensor_model_parallel_size, args.pipeline_model_parallel_size),
         *(args.data_parallel_size, args.run_dir),
     )
+    get_logger(__name__).info("attention: %s (%s)", plan.kind, plan.reason)
+    get_logger(__name__).info("%s", describe_kernels())
     model_config = gpt_config_from_args(args)
     if args.spec is None:
-        model_config.transformer_layer_spec = build_layer_spec
+        model_config.transformer_layer_spec = layer_spec_builder(plan)
     set_startup_timestamps(program_start=started, main_entry=time.time())
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
-        build_datasets_provider(facts.datasets),
+        build_datasets_provider(facts.datasets, plan),
         ModelType.encoder_or_decoder,
         build_forward_step(),
     )
@@ -135,7 +144,8 @@ def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, to
 
     Returns:
         tokens, labels, position_ids int64 [B, S]; loss_mask float [B, S]; attention_mask bool
-        [B, 1, S, S], True where a query must not look, or None where the datasets make none.
+        [B, 1, S, S], True where a query must not look, or the bounds of documents int32 [B, 2, S], or None
+        where the datasets make none.
     """
     batch = next(data_iterator)
     return {key: batch[key].cuda(non_blocking=True) if key in batch else None for key in BATCH_KEYS}

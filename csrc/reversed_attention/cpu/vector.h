@@ -20,6 +20,7 @@ constexpr int kLanes = 4;
 
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float)), aligned(kLanes * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(kLanes * sizeof(int32_t))));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t)), aligned(kLanes * sizeof(uint32_t))));
 
 // Registers decide these: a block of kBroadcast x kVectors sums, the vectors of one step and a broadcast value fit.
 // Two shapes, because the lanes run over rows in one kind of product and over the head dim in the other.
@@ -39,7 +40,6 @@ constexpr int kDimVectors = 2, kDimBroadcast = 4;
 LEDOM_INLINE Floats load(const float* at) { return *reinterpret_cast<const Floats*>(at); }
 LEDOM_INLINE void store(float* at, Floats value) { *reinterpret_cast<Floats*>(at) = value; }
 LEDOM_INLINE Floats splat(float value) { return value - Floats{}; }
-LEDOM_INLINE Ints splat_int(int32_t value) { return value - Ints{}; }
 // a * b + c, rounded once where the processor can and `multiply` does.
 LEDOM_INLINE float multiply_add(float a, float b, float c) {
 #if defined(__FMA__)
@@ -63,7 +63,7 @@ LEDOM_INLINE Floats power_of_two(Floats x) {
     p = p * f + 2.402264689063016e-1f;
     p = p * f + 6.931472057372658e-1f;
     p = p * f + 1.0f;
-    const Floats value = (Floats)((Ints)p + ((Ints)shifted << 23));
+    const Floats value = (Floats)((Bits)p + ((Bits)shifted << 23));  // may wrap around below -126
     return x < -126.0f ? Floats{} : value;
 }
 
