@@ -67,8 +67,9 @@ struct Site {
 bool run_grid(Index3 grid, unsigned threads, unsigned shared_bytes, void (*body)(const void*), const void* argument);
 void configure(const Options& options);
 const char* last_error();
-Counts last_counts();
-const char* last_synchronisations();  // the lines of barriers, waits and commits that were reached, one a line
+// Of all launches since `configure`.
+Counts counts_so_far();
+const char* synchronisations_so_far();  // the lines of barriers, waits and commits that were reached, one a line
 
 const Index3& thread_index();
 const Index3& block_index();

@@ -17,10 +17,10 @@ void ledom_emulation_configure(int order, int completion, uint64_t seed, int wor
     emulation::configure(options);
 }
 
-// All of the latest launch. The texts stay until the next one.
+// The error is of the latest launch, the others are of all launches since `configure`.
 const char* ledom_emulation_error() { return emulation::last_error(); }
 
-const char* ledom_emulation_synchronisations() { return emulation::last_synchronisations(); }
+const char* ledom_emulation_synchronisations() { return emulation::synchronisations_so_far(); }
 
-void ledom_emulation_counts(emulation::Counts* counts) { *counts = emulation::last_counts(); }
+void ledom_emulation_counts(emulation::Counts* counts) { *counts = emulation::counts_so_far(); }
 }

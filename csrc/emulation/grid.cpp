@@ -247,13 +247,17 @@ void run_blocks(std::atomic<uint64_t>* next_block) {
 
 }  // namespace
 
-void configure(const Options& wanted) { options = wanted; }
+void configure(const Options& wanted) {
+    options = wanted;
+    counts = {};
+    reached.clear();
+}
 
 const char* last_error() { return error.c_str(); }
 
-Counts last_counts() { return counts; }
+Counts counts_so_far() { return counts; }
 
-const char* last_synchronisations() {
+const char* synchronisations_so_far() {
     static std::string text;
     text.clear();
     for (const Site& site : reached) text += words(site) + "\n";
@@ -264,8 +268,6 @@ bool run_grid(Index3 size, unsigned threads, unsigned shared_bytes, void (*body)
     grid = {size, {threads, 1, 1}, shared_bytes, body, argument};
     has_failed = false;
     error.clear();
-    counts = {};
-    reached.clear();
     if (threads == 0 || threads % kLanes != 0) {
         error = "blocks must be whole warps, not " + std::to_string(threads) + " threads";
         return false;

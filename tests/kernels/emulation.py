@@ -123,6 +123,24 @@ class Emulation:
         self.call("ledom_attention_forward_cuda", params, run)
         return o, lse
 
+    def backward(
+        self,
+        inputs: Sequence[torch.Tensor],
+        mask: AttentionMask,
+        results: Sequence[torch.Tensor],
+        d_o: torch.Tensor,
+        run: Run,
+    ) -> tuple[torch.Tensor, ...]:
+        """The gradients of q, k and v; `results` are what `forward` gave for them."""
+        (q, k, v), (o, lse) = inputs, results
+        gradients = tuple(torch.full_like(x, math.nan) for x in (q, k, v))
+        delta = torch.full_like(lse, math.nan)
+        params = attention_params(q, k, mask)
+        set_tensors(params, q=q, k=k, v=v, o=o, d_o=d_o, **dict(zip(("d_q", "d_k", "d_v"), gradients, strict=True)))
+        params.lse, params.delta = lse.data_ptr(), delta.data_ptr()
+        self.call("ledom_attention_backward_cuda", params, run)
+        return gradients
+
 
 def attention_params(q: torch.Tensor, k: torch.Tensor, mask: AttentionMask) -> AttentionParams:
     batch, seq, heads, head_dim = q.shape

@@ -52,7 +52,8 @@ int main(int count, char** words) {
         first[i] = i < seq / 3 ? 0 : seq / 3;
         last[i] = i < seq / 3 ? seq / 3 - 1 : seq - 1;
     }
-    std::vector<float> lse(kHeads * seq);
+    Tensor d_o(seq, kHeads, dim, 5), d_q(seq, kHeads, dim, 6), d_k(seq, 1, dim, 7), d_v(seq, 1, dim, 8);
+    std::vector<float> lse(kHeads * seq), delta(kHeads * seq);
     ledom_attention_params p = {};
     p.struct_size = sizeof p;
     p.version = LEDOM_ABI_VERSION;
@@ -70,6 +71,11 @@ int main(int count, char** words) {
     p.k = k.view;
     p.v = v.view;
     p.o = o.view;
+    p.d_o = d_o.view;
+    p.d_q = d_q.view;
+    p.d_k = d_k.view;
+    p.d_v = d_v.view;
     p.lse = lse.data();
-    return report("forward", ledom_attention_forward_cuda(&p));
+    p.delta = delta.data();
+    return report("forward", ledom_attention_forward_cuda(&p)) || report("backward", ledom_attention_backward_cuda(&p));
 }

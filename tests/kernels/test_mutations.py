@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -23,35 +24,55 @@ LIMIT = 0.05
 RUNS = [Run(order, completion) for completion, order in itertools.product((Completion.LAZY, Completion.RANDOM), Order)]
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Inputs, and what is right: output and gradients."""
+
+    inputs: list[torch.Tensor]
+    d_output: torch.Tensor
+    results: tuple[torch.Tensor, torch.Tensor]
+    exact: list[torch.Tensor]
+
+
+MASK = AttentionMask(0, None)
+
+
 @pytest.fixture(scope="module")
-def problem() -> list[torch.Tensor]:
+def problem(emulation: Emulation) -> Problem:
     """Two blocks of rows, four tiles of keys: both stages are used twice."""
     torch.manual_seed(3)
-    return [torch.randn(1, 250, 1, 64).to(torch.bfloat16) for _ in range(3)]
+    inputs = [torch.randn(1, 250, 1, 64).to(torch.bfloat16) for _ in range(3)]
+    d_output = torch.randn_like(inputs[0])
+    wide = [x.double().requires_grad_() for x in inputs]
+    output, _ = reference_attention(*wide, MASK)
+    exact = [output.detach(), *torch.autograd.grad(output, wide, d_output.double())]
+    return Problem(inputs, d_output, emulation.forward(*inputs, MASK, Run()), exact)
 
 
-def fault(emulation: Emulation, problem: list[torch.Tensor], run: Run) -> str | None:
-    """What is wrong with the results, if anything."""
-    mask = AttentionMask(0, None)
-    exact, _ = reference_attention(*problem, mask)
+def fault(emulation: Emulation, problem: Problem, run: Run) -> str | None:
+    """What is wrong with the results, if anything. The backward pass gets a sound forward's."""
     try:
-        output, _ = emulation.forward(*problem, mask, run)
+        output, _ = emulation.forward(*problem.inputs, MASK, run)
+        found = [output, *emulation.backward(problem.inputs, MASK, problem.results, problem.d_output, run)]
     except EmulationError as stopped:
         return str(stopped)
-    off = error(output, exact)
-    if math.isnan(off):
-        return f"{int(output.isnan().any(-1).sum())} rows of the output are NaN"
-    return None if off < LIMIT else f"the output is off by {off:.2f}"
+    for name, ours, exact in zip(("o", "d_q", "d_k", "d_v"), found, problem.exact, strict=True):
+        off = error(ours, exact)
+        if math.isnan(off):
+            return f"{int(ours.isnan().any(-1).sum())} rows of {name} are NaN"
+        if off > LIMIT:
+            return f"{name} is off by {off:.2f}"
+    return None
 
 
-def test_all_lines_are_found_and_reached(emulation: Emulation, problem: list[torch.Tensor]) -> None:
+def test_all_lines_are_found_and_reached(emulation: Emulation, problem: Problem) -> None:
     emulation.synchronisations.clear()
     for run in RUNS:
         assert fault(emulation, problem, run) is None
-    assert emulation.synchronisations == set(synchronisations()) and len(emulation.synchronisations) >= 6
+    assert emulation.synchronisations == set(synchronisations()) and len(emulation.synchronisations) >= 14
 
 
-def test_each_line_is_needed(emulation: Emulation, problem: list[torch.Tensor]) -> None:
+def test_each_line_is_needed(emulation: Emulation, problem: Problem) -> None:
     unnoticed = {}
     for (file, line), what in synchronisations().items():
         found = {run: fault(emulation, problem, Run(run.order, run.completion, removed=(file, line))) for run in RUNS}

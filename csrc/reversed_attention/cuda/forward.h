@@ -71,13 +71,11 @@ __global__ void __launch_bounds__(Forward<kDim>::kThreads) attention_forward(con
     };
     const auto values_of = [&](int stage) { return typename F::Keys{keys_of(stage).address + F::Keys::kBytes}; };
 
-    // Blocks start in order: those with the most keys first.
-    const int block = static_cast<int>(p.left > p.right ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    const int begin = block * F::kRows, row = warp() * kWarpRows;
     const int head = static_cast<int>(blockIdx.y), batch = static_cast<int>(blockIdx.z);
     const int kv_head = head / (p.heads / p.kv_heads);
     const Head k = head_of(p.k, batch, kv_head), v = head_of(p.v, batch, kv_head);
     const Mask mask = mask_of(p, batch);
+    const int begin = longest_first(mask) * F::kRows, row = warp() * kWarpRows;
     const Interval tiles = tiles_of(attended_by_rows(mask, begin, begin + F::kRows), F::kKeys);
     const auto start_copies = [&](int tile, int stage) {
         copy_rows<F::kThreads>(keys_of(stage), k, tile * F::kKeys, p.seq);

@@ -31,31 +31,48 @@ LEDOM_DEVICE Mask mask_of(const ledom_attention_params& p, int batch) {
     return {p.seq, p.left, p.right, p.doc_first ? p.doc_first + row : nullptr, p.doc_last ? p.doc_last + row : nullptr};
 }
 
+// Which of the blocks of rows this one works on. Blocks start in order: those with the most to walk come first.
+LEDOM_DEVICE int longest_first(const Mask& mask) {
+    return static_cast<int>(mask.left > mask.right ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
+// Where element i of c[n] lies in a row of a product.
+LEDOM_DEVICE int column_of(int n, int i) { return 8 * n + lane() % 4 * 2 + i % 2; }
+
+// The products of two packed pairs, summed.
+LEDOM_DEVICE float dot_of_pairs(uint32_t a, uint32_t b) { return low_of(a) * low_of(b) + high_of(a) * high_of(b); }
+
 template <int kRows, int kDim>
 struct Tile {
-    static constexpr int kChunks = kDim / 8;
-    static constexpr uint32_t kBytes = kRows * kDim * 2;
+    static constexpr uint32_t kRowBytes = kDim * 2;
+    static constexpr uint32_t kBytes = kRows * kRowBytes;
     static_assert(kDim % 64 == 0 && kRows % 16 == 0, "chunks come in groups of 8, rows in fragments");
 
     uint32_t address;
 
-    LEDOM_DEVICE uint32_t at(int row, int chunk) const {
-        return address + static_cast<uint32_t>(row * kChunks + (chunk ^ (row & 7))) * 16;
+    // Chunk 8 * group + chunk of a row. Where group is a constant it is so in the instruction too.
+    LEDOM_DEVICE uint32_t at(int row, int group, int chunk) const {
+        return address + static_cast<uint32_t>(row) * kRowBytes + static_cast<uint32_t>(group) * 128 +
+               static_cast<uint32_t>(chunk ^ (row & 7)) * 16;
     }
 };
 
-// Starts the copies of rows begin .. of a head into a tile; rows beyond the sequence become 0.
+// Starts the copies of rows begin .. of a head into a tile; rows beyond the sequence become 0. 8 threads take 128 bytes
+// of a row.
 template <int kThreads, int kRows, int kDim>
 LEDOM_DEVICE void copy_rows(const Tile<kRows, kDim>& tile, const Head& head, int begin, int seq) {
-    constexpr int kChunks = kDim / 8;
-    static_assert(kRows * kChunks % kThreads == 0, "every thread copies as many chunks");
+    constexpr int kRowsAtOnce = kThreads / 8;
+    static_assert(kRows % kRowsAtOnce == 0, "every thread copies as much");
+    const int first = static_cast<int>(threadIdx.x) / 8, chunk = static_cast<int>(threadIdx.x) % 8;
 #pragma unroll
-    for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
-        const int chunk = i * kThreads + static_cast<int>(threadIdx.x);
-        const int row = chunk / kChunks, column = chunk % kChunks;
-        const bool is_valid = begin + row < seq;
-        const uint16_t* from = head.data + (is_valid ? begin + row : 0) * head.row_stride + column * 8;
-        copy_async_16(tile.at(row, column), from, is_valid);
+    for (int step = 0; step < kRows; step += kRowsAtOnce) {
+        const int row = begin + step + first;
+        const bool is_valid = row < seq;
+        const uint16_t* from = head.data + (is_valid ? row : 0) * head.row_stride + chunk * 8;
+        // kRowsAtOnce is a multiple of 8: the place in the group is the same in every step.
+        const uint32_t to = tile.at(first, 0, chunk) + step * Tile<kRows, kDim>::kRowBytes;
+#pragma unroll
+        for (int group = 0; group < kDim / 64; ++group) copy_async_16(to + group * 128, from + group * 64, is_valid);
     }
 }
 
@@ -72,11 +89,11 @@ LEDOM_DEVICE void multiply_by_rows(float (&c)[kColumns / 8][4], const Tile<kRows
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
         uint32_t x[4];
-        load_matrices(x, a.at(row + i % 16, 2 * k + i / 16));
+        load_matrices(x, a.at(row + i % 16, k / 4, k % 4 * 2 + i / 16));
 #pragma unroll
         for (int n = 0; n < kColumns / 16; ++n) {
             uint32_t y[4];
-            load_matrices(y, b.at(16 * n + i / 16 * 8 + i % 8, 2 * k + i / 8 % 2));
+            load_matrices(y, b.at(16 * n + i / 16 * 8 + i % 8, k / 4, k % 4 * 2 + i / 8 % 2));
             multiply_add(c[2 * n], x, y[0], y[1]);
             multiply_add(c[2 * n + 1], x, y[2], y[3]);
         }
@@ -95,7 +112,7 @@ LEDOM_DEVICE void add_product(float (&c)[kDim / 8][4], const float (&p)[kRows / 
 #pragma unroll
         for (int n = 0; n < kDim / 16; ++n) {
             uint32_t y[4];
-            load_matrices_transposed(y, b.at(16 * k + i / 8 % 2 * 8 + i % 8, 2 * n + i / 16));
+            load_matrices_transposed(y, b.at(16 * k + i / 8 % 2 * 8 + i % 8, n / 4, n % 4 * 2 + i / 16));
             multiply_add(c[2 * n], x, y[0], y[1]);
             multiply_add(c[2 * n + 1], x, y[2], y[3]);
         }
@@ -107,21 +124,22 @@ LEDOM_DEVICE void add_product(float (&c)[kDim / 8][4], const float (&p)[kRows / 
 template <int kRows, int kDim>
 LEDOM_DEVICE void store_rows(const float (&c)[kDim / 8][4], const float (&factor)[2], const Tile<kRows, kDim>& tile,
                              int row, const Head& head, int begin, int seq) {
-    constexpr int kChunks = kDim / 8;
     const int g = lane() / 4, t = lane() % 4;
     __syncwarp();  // all lanes have read what is overwritten now
 #pragma unroll
-    for (int n = 0; n < kChunks; ++n) {
-        store_shared_4(tile.at(row + g, n) + 4 * t, pack_bf16(c[n][0] * factor[0], c[n][1] * factor[0]));
-        store_shared_4(tile.at(row + g + 8, n) + 4 * t, pack_bf16(c[n][2] * factor[1], c[n][3] * factor[1]));
+    for (int n = 0; n < kDim / 8; ++n) {
+        store_shared_4(tile.at(row + g, n / 8, n % 8) + 4 * t, pack_bf16(c[n][0] * factor[0], c[n][1] * factor[0]));
+        store_shared_4(tile.at(row + g + 8, n / 8, n % 8) + 4 * t, pack_bf16(c[n][2] * factor[1], c[n][3] * factor[1]));
     }
     __syncwarp();  // all 16 rows are complete
 #pragma unroll
-    for (int i = 0; i < kWarpRows * kChunks / 32; ++i) {
-        const int chunk = i * 32 + lane(), r = chunk / kChunks, column = chunk % kChunks;
-        if (begin + r < seq) {
-            uint16_t* to = head.data + (begin + r) * head.row_stride + column * 8;
-            *reinterpret_cast<uint4*>(to) = load_shared_16(tile.at(row + r, column));
+    for (int step = 0; step < kWarpRows; step += 4) {
+        const int r = step + lane() / 8, chunk = lane() % 8;
+        if (begin + r >= seq) break;
+        uint16_t* to = head.data + (begin + r) * head.row_stride + chunk * 8;
+#pragma unroll
+        for (int group = 0; group < kDim / 64; ++group) {
+            *reinterpret_cast<uint4*>(to + group * 64) = load_shared_16(tile.at(row + r, group, chunk));
         }
     }
 }
@@ -139,9 +157,9 @@ struct LaneRows {
         }
     }
 
-    // May element i of c[n] be seen? Its column is the key `begin` + 8n + ...
+    // May element i of c[n] be seen, if the columns begin with the key `begin`?
     LEDOM_DEVICE bool sees(int n, int i, int begin) const {
-        const int key = begin + 8 * n + lane() % 4 * 2 + i % 2;
+        const int key = begin + column_of(n, i);
         return keys[i / 2].lo <= key && key <= keys[i / 2].hi;
     }
 };
