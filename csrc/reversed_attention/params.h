@@ -105,6 +105,11 @@ int ledom_attention_forward_cpu(const ledom_attention_params* params, const char
 int ledom_attention_backward_cpu(const ledom_attention_params* params, const char* path);
 int ledom_rope_cpu(const ledom_rope_params* params);
 
+// For bf16, head_dim 64, 128 or 192, a positive scale and rows aligned to 16 bytes; all pointers are the GPU's. They
+// start work on `stream` of `device` and do not wait for it. Documents are not checked.
+int ledom_attention_forward_cuda(const ledom_attention_params* params);
+int ledom_attention_backward_cuda(const ledom_attention_params* params);
+
 #ifdef __cplusplus
 }
 #endif
