@@ -53,7 +53,8 @@ def attention(
     """
     _check_shapes(q_BSHD, k_BSGD, v_BSGD, mask)
     scale = 1 / math.sqrt(q_BSHD.shape[3]) if scale is None else scale
-    chosen = choose_path(q_BSHD.device, q_BSHD.dtype, path)
+    is_plain = mask.is_plain(q_BSHD.shape[1])
+    chosen = choose_path(q_BSHD.device, q_BSHD.dtype, path, head_dim=q_BSHD.shape[3], is_plain=is_plain)
     if chosen.name == TORCH:
         return torch_attention(q_BSHD, k_BSGD, v_BSGD, mask, scale)
     output, _ = attention_with_lse(q_BSHD, k_BSGD, v_BSGD, mask, scale, chosen.name)

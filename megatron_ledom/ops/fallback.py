@@ -23,11 +23,9 @@ def torch_attention(
         The output [B, S, H, D]; 0 for rows that attend nothing.
     """
     batch, seq = q_BSHD.shape[:2]
-    left, right = mask.reach(seq)
-    is_whole = mask.documents is None
-    if is_whole and (left, right) == (seq, 0):
-        return attend(q_BSHD, k_BSGD, v_BSGD, scale)
-    if is_whole and (left, right) == (0, seq):
+    if mask.is_plain(seq):
+        if mask.reach(seq)[0]:
+            return attend(q_BSHD, k_BSGD, v_BSGD, scale)
         return attend(q_BSHD.flip(1), k_BSGD.flip(1), v_BSGD.flip(1), scale).flip(1)
     allowed = dense_mask(mask, batch, seq, q_BSHD.device)
     is_empty = ~allowed.any(dim=-1)

@@ -61,6 +61,10 @@ class AttentionMask:
         left, right = (seq if reach is None else min(reach, seq) for reach in (self.left, self.right))
         return left, right
 
+    def is_plain(self, seq: int) -> bool:
+        """Whether it is causal or reversed-causal over whole sequences: what torch can say without writing it out."""
+        return self.documents is None and self.reach(seq) in ((seq, 0), (0, seq))
+
 
 def model_order_mask(window: int | None = None, documents: Documents | None = None) -> AttentionMask:
     """Causal in the order of the data: row i attends keys j <= i.

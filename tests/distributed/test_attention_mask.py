@@ -34,9 +34,11 @@ def test_documents_are_apart_at_one_rank_and_on_middle_stages(
     short_documents: Path, tmp_path: Path, pretrain: Pretrain
 ) -> None:
     data = ["--data-path", short_documents, "--train-iters", LAST, "--save-interval", 1]
-    pretrain(tmp_path / "one", 1, *data, "--reset-attention-mask")
+    # Megatron's attention with a dense mask against ours with the bounds of documents, in natural order.
+    pretrain(tmp_path / "one", 1, *data, "--reset-attention-mask", "--attention", "megatron")
     start = ["--load", tmp_path / "one" / "checkpoints", "--ckpt-step", 1]
-    pretrain(tmp_path / "stages", 4, *data, *start, "--reset-attention-mask", "--pipeline-model-parallel-size", 4)
+    four = ["--pipeline-model-parallel-size", 4, "--attention", "ledom"]
+    pretrain(tmp_path / "stages", 4, *data, *start, "--reset-attention-mask", *four)
     pretrain(tmp_path / "joined", 1, *data, *start)
     apart, stages, joined = (read_scalars(tmp_path / name, TRAIN_LOSS) for name in ("one", "stages", "joined"))
     steps = range(2, LAST + 1)

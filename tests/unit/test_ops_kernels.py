@@ -74,6 +74,16 @@ def test_auto_takes_kernels_and_says_why_not() -> None:
         choose_path(CPU, torch.float64, "portable")
 
 
+def test_large_heads_in_bf16_are_torchs_where_it_has_matrix_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_amx in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
+        path = choose_path(CPU, torch.bfloat16, head_dim=128, is_plain=True)
+        assert (path.name == "torch") is has_amx and ("AMX" in path.reason) is has_amx
+        for dtype, head_dim, is_plain in ((torch.float32, 128, True), (torch.bfloat16, 64, True)):
+            assert choose_path(CPU, dtype, head_dim=head_dim, is_plain=is_plain).name == cpu_paths()[0]
+        assert choose_path(CPU, torch.bfloat16, head_dim=128, is_plain=False).name == cpu_paths()[0]
+
+
 def test_without_the_extension_attention_takes_torchs_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron_ledom.ops._kernels", None)
     for cached in (kernels_module.load_kernels, kernels_module.cpu_paths):
