@@ -13,7 +13,14 @@ CODE = (PACKAGE, "tools", "examples")
 FLIP_HOME = Path(PACKAGE, "direction.py")
 PATCH_HOME = Path(PACKAGE, "engine")
 # Reversals of something that is not a sequence of ids: (file, text of the expression) -> why.
-NOT_IDS: dict[tuple[str, str], str] = {}
+FALLBACK = f"{PACKAGE}/ops/fallback.py"
+NOT_IDS: dict[tuple[str, str], str] = {
+    (FALLBACK, text): "queries, keys, values and outputs: torch has causal attention only"
+    for text in (
+        *("q_BSHD.flip(1)", "k_BSGD.flip(1)", "v_BSGD.flip(1)"),
+        "attend(q_BSHD.flip(1), k_BSGD.flip(1), v_BSGD.flip(1), scale).flip(1)",
+    )
+}
 
 
 def flips(tree: ast.AST) -> Iterator[tuple[int, str]]:
