@@ -48,6 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--path", default=cpu_paths()[0], help="kernel path (default: the processor's best)")
+    parser.add_argument(
+        "--one-thread",
+        action="store_true",
+        help="only the kernels' share of the fp32 matrix product's rate, by CPU time",
+    )
     parser.add_argument("--output", type=Path)
     return parser
 
@@ -128,6 +133,38 @@ def ceiling_gflops() -> float:
     return 2 * 2048**3 / min(timed(lambda: a @ b) for _ in range(10)) / 1e9
 
 
+def measure_one_thread(arguments: argparse.Namespace) -> int:
+    """Time matrix product, forward and backward in turn on one thread, by its CPU time: other jobs matter less."""
+    load_before = os.getloadavg()[0]
+    torch.set_num_threads(1)
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    mask, results = natural_order_mask(Direction.REVERSE), []
+    for shape in (tuple(int(n) for n in words.split(",")) for words in arguments.shapes):
+        batch, _, seq, head_dim = shape
+        q, k, v = (torch.randn(batch, seq, 2, head_dim, requires_grad=True) for _ in range(3))
+        d_output, operations = torch.randn_like(q), 4.0 * batch * 2 * head_dim * seq * (seq + 1) / 2
+        rates: dict[str, list[float]] = {"sgemm": [], "forward": [], "backward": []}
+        for repeat in range(arguments.repeats + 1):
+            marks = [time.thread_time()]
+            _ = a @ b
+            marks.append(time.thread_time())
+            output = attention(q, k, v, mask, path=arguments.path)
+            marks.append(time.thread_time())
+            torch.autograd.grad(output, (q, k, v), d_output)
+            marks.append(time.thread_time())
+            work = (2 * 1024**3, operations, 2.5 * operations)
+            for name, amount, start, end in zip(rates, work, marks, marks[1:], strict=False):
+                if repeat:
+                    rates[name].append(amount / (end - start) / 1e9)
+        shares = {n: max(rates[n]) / max(rates["sgemm"]) for n in ("forward", "backward")}
+        say(f"S {seq}, D {head_dim}: best GFLOP/s { {n: round(max(r)) for n, r in rates.items()} }, shares {shares}")
+        results.append({"seq": seq, "head_dim": head_dim, "gflops": {n: spread(r, 1) for n, r in rates.items()}})
+    command = " ".join(["python", *sys.argv])
+    claim = "the share of the matrix product's rate, one thread, by CPU time (no aim)"
+    write_record(arguments.output, claim, True, command, load_before, path=arguments.path, results=results)
+    return 0
+
+
 def verdicts(result: dict) -> list[dict]:
     """Each pass of a result that has an aim, with the median ratio and whether it holds."""
     found = []
@@ -145,6 +182,8 @@ def verdicts(result: dict) -> list[dict]:
 def main() -> int:
     """Measure every shape, dtype and mask; exit status 1 where an aim is missed."""
     arguments = build_parser().parse_args()
+    if arguments.one_thread:
+        return measure_one_thread(arguments)
     torch.set_num_threads(arguments.threads)
     load_before = os.getloadavg()[0]
     say(describe_kernels())

@@ -13,12 +13,13 @@ CODE = (PACKAGE, "tools", "examples")
 FLIP_HOME = Path(PACKAGE, "direction.py")
 PATCH_HOME = Path(PACKAGE, "engine")
 # Reversals of something that is not a sequence of ids: (file, text of the expression) -> why.
-_FALLBACK, _MIRRORED = "megatron_ledom/ops/fallback.py", "queries, keys and values are mirrored, not ids"
+FALLBACK = f"{PACKAGE}/ops/fallback.py"
 NOT_IDS: dict[tuple[str, str], str] = {
-    (_FALLBACK, "attend(q_BSHD.flip(1), k_BSGD.flip(1), v_BSGD.flip(1), scale).flip(1)"): _MIRRORED,
-    (_FALLBACK, "q_BSHD.flip(1)"): _MIRRORED,
-    (_FALLBACK, "k_BSGD.flip(1)"): _MIRRORED,
-    (_FALLBACK, "v_BSGD.flip(1)"): _MIRRORED,
+    (FALLBACK, text): "queries, keys, values and outputs: torch has causal attention only"
+    for text in (
+        *("q_BSHD.flip(1)", "k_BSGD.flip(1)", "v_BSGD.flip(1)"),
+        "attend(q_BSHD.flip(1), k_BSGD.flip(1), v_BSGD.flip(1), scale).flip(1)",
+    )
 }
 
 

@@ -2,7 +2,8 @@
 
 The emulation takes a line out while it runs (`Run.removed`), so that the kernels need no macro for it, and the list is
 read from the sources, so that a new barrier is in it. What orders only the reading of a warp before its own writing
-cannot change a result on a machine that runs one thread at a time; the race detector finds it (test_sanitizers.py).
+cannot change a result on a machine that runs one thread at a time: the race detector finds it
+(test_emulated_sanitizers.py).
 """
 
 from __future__ import annotations
