@@ -32,8 +32,9 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(model: Path, tmp_pa
     pairs = [pair for pair in pairs if all(map(str.strip, pair))][:800]
     source, output = write(tmp_path / "in.jsonl", pairs), tmp_path / "out.jsonl"
     flags = ["--model", model, "--input", source, "--output", output, "--earlier-key", "question"]
-    flags += ["--later-key", "answer", "--separator", "\n", "--device", "cpu", "--batch-tokens", 512]
-    command = [sys.executable, str(REPOSITORY / "tools" / "score.py"), *map(str, flags)]
+    flags += ["--later-key", "answer", "--separator", "\n", "--device", "cpu"]
+    # One pair a batch and a commit: seconds of work, of which a fraction is done when the file has grown so far.
+    command = [sys.executable, str(REPOSITORY / "tools" / "score.py"), *map(str, flags), "--batch-tokens", "1"]
     child = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=tool_environment())
     cache = tmp_path / "out.jsonl.scores.sqlite"
     while child.poll() is None and (not cache.exists() or cache.stat().st_size < 60_000):
