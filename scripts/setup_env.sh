@@ -4,18 +4,19 @@
 #   scripts/setup_env.sh      (what `make env` runs; a second run returns at once)
 #
 # .venv/.complete is written last. It names what the environment was made for (the checkout's path, the Python, the
-# hash of metadata and kernels), so that an interrupted, copied, moved or outdated environment is recognised and mended.
+# hash of metadata and kernels, whether there is a compiler), so that an interrupted, copied, moved or outdated environment is recognised and mended.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=.venv
 stamp=$venv/.complete
-needed_kib=$((8 * 1024 * 1024)) # 6.2 GiB installed here, torch and its CUDA libraries most of it, and room to unpack
+needed_kib=$((9 * 1024 * 1024)) # 6.9 GiB installed here, torch and its CUDA libraries most of it, and room to unpack
 say() { echo "env: $*" >&2; }
 
 wanted_stamp() {
   echo "checkout $PWD"
   { cat pyproject.toml setup.py; [ ! -d csrc ] || find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 cat; } | sha256sum | cut -d' ' -f1
+  if scripts/ensure_compiler.sh --check; then echo "with a compiler"; else echo "without a compiler"; fi
   "$venv/bin/python" -c 'import sys; print("python", sys.version.split()[0])' 2>/dev/null || echo "python is broken"
 }
 
@@ -46,6 +47,7 @@ make_venv() {
 }
 
 install() {
+  scripts/ensure_compiler.sh
   say "installing into $venv (the first time this downloads some gigabytes: torch comes with its CUDA libraries)"
   "$venv/bin/python" -m pip install --editable ".[dev]"
 }

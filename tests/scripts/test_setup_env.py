@@ -53,7 +53,7 @@ build_wheel = build_editable
 def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "a checkout"
     (folder / "scripts").mkdir(parents=True)
-    for script in ("setup_env.sh", "find_python.sh"):
+    for script in ("setup_env.sh", "find_python.sh", "ensure_compiler.sh"):
         shutil.copy2(REPOSITORY / "scripts" / script, folder / "scripts" / script)
     for name, text in {
         "pyproject.toml": PROJECT,
