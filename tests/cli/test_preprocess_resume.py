@@ -88,9 +88,8 @@ def test_killed_at_twenty_moments_the_same_command_ends_with_the_same_bytes(
         while process.poll() is None and time.monotonic() < deadline:
             workers |= set(children_of(process.pid))
             time.sleep(0.01)
-        if process.poll() is None:
-            process.kill()
-            assert process.wait() == -signal.SIGKILL
+        process.kill()
+        if process.wait() == -signal.SIGKILL:  # else it was finished just before
             kills += 1
             kept += any(work.glob("0*.json"))
             limit = time.monotonic() + 60
