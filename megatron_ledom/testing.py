@@ -55,13 +55,14 @@ def write_jsonl(path: Path, texts: Iterable[str], *, key: str = "text") -> Path:
     return path
 
 
-def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
+def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, *, single_digits: bool = False) -> Path:
     """Train a byte-level BPE tokenizer and save it as a folder that `transformers.AutoTokenizer` loads.
 
     Args:
         texts: the training text.
         vocab_size: size with the end-of-document token, whose id is 0.
         folder: made if absent.
+        single_digits: every digit is a token of its own.
 
     Returns:
         `folder`, holding `tokenizer.json` and `tokenizer_config.json`.
@@ -69,7 +70,9 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words]) if single_digits else words
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from problems import SEPARATOR, read_problems, train_digit_tokenizer, write_problems
+from problems import SEPARATOR, read_problems, write_problems
 from runner import Runner, Step
 from settings import Settings
 from steps import TrainingProgress
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.testing import REPOSITORY, torchrun_command, write_jsonl
+from megatron_ledom.testing import REPOSITORY, torchrun_command, train_bpe_tokenizer, write_jsonl
 
 TOKENIZER_SAMPLE = 20_000  # problems that the tokenizer is trained on
 CONTEXT_TOKENS = 256  # of the preset `tiny`; the longest problem with its solution has about 165
@@ -66,7 +66,7 @@ class Experiment:
         write_problems(self.data, counts, s.largest_number, s.longest_chars)
         texts = [p.question + SEPARATOR + p.solution for p in read_problems(self.data / "training.jsonl")]
         write_jsonl(self.data / "text.jsonl", texts)
-        train_digit_tokenizer(texts[:TOKENIZER_SAMPLE], s.vocab_size, self.tokenizer)
+        train_bpe_tokenizer(texts[:TOKENIZER_SAMPLE], s.vocab_size, self.tokenizer, single_digits=True)
         return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
     def preprocess(self) -> str:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
 
 from megatron_ledom.errors import InputError
 from megatron_ledom.log import Progress
-from megatron_ledom.testing import END_OF_DOCUMENT
 
 SEPARATOR = "\n"  # between question and solution, in training and in scoring
 INSTRUCTION = " Give the result as your final answer. Do not include units."  # ends every question; says nothing
@@ -74,29 +73,3 @@ def write_problems(folder: Path, counts: dict[str, int], largest_number: int, lo
 def read_problems(path: Path) -> list[Problem]:
     """Read what `write_problems` wrote."""
     return [Problem(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def train_digit_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Train a byte-level BPE tokenizer in which every digit is a token of its own, and save it for transformers."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_DOCUMENT,
-        "eos_token": END_OF_DOCUMENT,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

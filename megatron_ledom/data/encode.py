@@ -21,7 +21,7 @@ from zlib import crc32
 
 import numpy as np
 
-from megatron_ledom.data.backends import Encoder, ReferenceEncoder, first_difference
+from megatron_ledom.data.backends import Encoder, ReferenceEncoder
 from megatron_ledom.data.files import write_refusal
 from megatron_ledom.data.manifest import PairRecord
 from megatron_ledom.data.pairs import encode_pairs, separator_places
@@ -121,12 +121,16 @@ class EncodeTask:
         Raises:
             TokenizerMismatchError: the fast library departs from the reference.
         """
-        if np.array_equal(sample.ids, self.tokenizer.encode(sample.text)):
+        right = self.tokenizer.encode(sample.text)
+        if np.array_equal(sample.ids, right):
             return
         self.folder.forget(shard)
-        why = first_difference(self.tokenizer, self.encoder, [sample.text])
+        shorter = min(len(right), len(sample.ids))
+        unequal = np.flatnonzero(sample.ids[:shorter] != right[:shorter])
+        at = int(unequal[0]) if len(unequal) else shorter
         raise TokenizerMismatchError(
-            f"{self.place(sample.part, sample.row)}: {self.encoder.name} gave wrong ids ({why}). Remove "
+            f"{self.place(sample.part, sample.row)}: {self.encoder.name} gave wrong ids: token {at} is "
+            f"{sample.ids[at : at + 3].tolist()}, {self.tokenizer.library} gives {right[at : at + 3].tolist()}. Remove "
             f"{self.folder.path} and use --tokenizer-backend {self.tokenizer.library}"
         )
 

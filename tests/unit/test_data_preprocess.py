@@ -23,10 +23,11 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ledom.data.manifest import load_manifest
-from megatron_ledom.data.preprocess import PreprocessConfig, preprocess
+from megatron_ledom.data.preprocess import PreprocessConfig, _task, preprocess
+from megatron_ledom.data.shards import WorkFolder
 from megatron_ledom.data.tokenizers import load_tokenizer
 from megatron_ledom.direction import Direction, flip
-from megatron_ledom.errors import InputError, OutputError, OutputExistsError, UsageError
+from megatron_ledom.errors import InputError, OutputError, OutputExistsError, TokenizerMismatchError, UsageError
 from megatron_ledom.testing import END_OF_DOCUMENT, code_documents, english_documents, write_jsonl
 
 SUFFIXES = (".bin", ".crc32", ".idx", ".manifest.json", ".skipped.jsonl")
@@ -233,3 +234,19 @@ def test_bytes_are_those_of_megatrons_tool_for_the_same_text(config: PreprocessC
     for suffix in ("bin", "idx"):
         ours = Path(f"{config.prefixes[0]}.{suffix}").read_bytes()
         assert ours == (tmp_path / f"m.{suffix}").read_bytes()
+
+
+def test_a_document_of_every_shard_is_compared_with_the_tokenizers_own_ids(
+    config: PreprocessConfig, tokenizer_folder: Path
+) -> None:
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder)
+    task = _task(config, WorkFolder(config.output_prefix), tokenizer)
+    outcome = task(0, lambda num_bytes: None)
+    assert task.encoder.name == "gigatoken" and outcome.sample is not None and task.folder.is_finished(0)
+    task.check_sample(0, outcome.sample)
+    assert task.folder.is_finished(0)
+    wrong = outcome.sample.ids.copy()
+    wrong[2] += 1
+    with pytest.raises(TokenizerMismatchError, match=r"gigatoken gave wrong ids: token 2 is .*, tokenizers gives"):
+        task.check_sample(0, outcome.sample._replace(ids=wrong))
+    assert not task.folder.is_finished(0)
