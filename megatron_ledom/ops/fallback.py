@@ -1,4 +1,4 @@
-"""Attention by torch's own operations: what is used where no kernel of ours serves, and what ours is compared with.
+"""Attention and rotary positions by torch's own operations: where no kernel of ours serves, and to compare ours with.
 
 Legend: B batch, S sequence, H query heads, G key heads (groups), D head dim.
 """
@@ -45,3 +45,24 @@ def attend(
         q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale
     )
     return output.transpose(1, 2)
+
+
+def torch_rope(
+    x: torch.Tensor, cosines_BSR: torch.Tensor, sines_BSR: torch.Tensor, *, interleaved: bool, inverse: bool
+) -> torch.Tensor:
+    """Rotary positions with torch's operations, differentiable.
+
+    Args:
+        x: [B, S, H, D].
+        cosines_BSR: of each token's position, fp32 [B, S, R / 2].
+        sines_BSR: the same.
+        interleaved: pairs are (2d, 2d + 1) instead of (d, d + R / 2).
+        inverse: turn back.
+    """
+    half = cosines_BSR.shape[-1]
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
+    cosine, sine = cosines_BSR[:, :, None], sines_BSR[:, :, None] * (-1 if inverse else 1)
+    pair = a * cosine - b * sine, b * cosine + a * sine
+    joined = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([joined.to(x.dtype), rest], dim=-1)
