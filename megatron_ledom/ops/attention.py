@@ -65,7 +65,8 @@ def attention_with_lse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernels' two results: the output, and the logarithm of each row's sum of exponentials, fp32 [B, H, S].
 
-    `path` is one of `path.CPU_KERNELS` or `path.CUDA_KERNELS`, and nothing is checked here. The logarithm is -inf for a row that attends nothing, and takes no gradient.
+    `path` is one of `path.CPU_KERNELS` or `path.CUDA_KERNELS`; whether it is verified is not asked here. The
+    logarithm is -inf for a row that attends nothing, and takes no gradient.
     """
     first, last = (None, None) if mask.documents is None else (mask.documents.first, mask.documents.last)
     left, right = mask.reach(q_BSHD.shape[1])

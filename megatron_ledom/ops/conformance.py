@@ -124,17 +124,17 @@ Runner = Callable[[Problem], Results]
 
 def exact_results(problem: Problem) -> Results:
     """By float64."""
-    wide = [x.double().requires_grad_() for x in problem.inputs]
-    output, lse = reference_attention(*wide, problem.mask)
-    d_q, d_k, d_v = torch.autograd.grad(output, wide, problem.d_o.double())
+    q, k, v = (x.double().requires_grad_() for x in problem.inputs)
+    output, lse = reference_attention(q, k, v, problem.mask)
+    d_q, d_k, d_v = torch.autograd.grad(output, (q, k, v), problem.d_o.double())
     return output.detach(), lse.detach(), d_q, d_k, d_v
 
 
 def torch_errors(problem: Problem, exact: Results) -> list[float]:
     """What plain torch makes of the problem in its dtype: the errors of `NAMES`."""
-    inputs = [x.detach().requires_grad_() for x in problem.inputs]
-    output = torch_attention(*inputs, problem.mask, 1 / math.sqrt(problem.q.shape[3]))
-    found = [output.detach(), *torch.autograd.grad(output, inputs, problem.d_o)]
+    q, k, v = (x.detach().requires_grad_() for x in problem.inputs)
+    output = torch_attention(q, k, v, problem.mask, 1 / math.sqrt(q.shape[3]))
+    found = [output.detach(), *torch.autograd.grad(output, (q, k, v), problem.d_o)]
     return [error(f, e) for f, e in zip(found, (exact[0], *exact[2:]), strict=True)]
 
 
@@ -151,15 +151,29 @@ class Verdict:
     faults: tuple[str, ...]
 
 
-def judge(problem: Problem, found: Results, *, floor: float = GPU_FLOOR, lse_tolerance: float = LSE_TOLERANCE) -> Verdict:
+@dataclass(frozen=True)
+class Expected:
+    """What float64 makes of a problem, and how far from it plain torch is."""
+
+    exact: Results
+    torchs: list[float]
+
+    @classmethod
+    def of(cls, problem: Problem) -> Expected:
+        """Compute both."""
+        exact = exact_results(problem)
+        return cls(exact, torch_errors(problem, exact))
+
+
+def judge(
+    expected: Expected, found: Results, *, floor: float = GPU_FLOOR, lse_tolerance: float = LSE_TOLERANCE
+) -> Verdict:
     """Compare results with float64: errors may be twice plain torch's, plus `floor`."""
-    exact = exact_results(problem)
-    faults, worst = [], 0.0
-    theirs = torch_errors(problem, exact)
-    for what, ours, right, their in zip(NAMES, (found[0], *found[2:]), (exact[0], *exact[2:]), theirs, strict=True):
+    exact, faults, worst = expected.exact, [], 0.0
+    pairs = zip(NAMES, (found[0], *found[2:]), (exact[0], *exact[2:]), expected.torchs, strict=True)
+    for what, ours, right, their in pairs:
         off, allowed = error(ours, right), 2 * their + floor
-        share = off / allowed
-        worst = share if not share <= worst else worst
+        worst = off / allowed if not off / allowed <= worst else worst
         if not off <= allowed:
             num_nan = int(ours.isnan().any(-1).sum())
             text = f"{what} is off by {off:.2e}, allowed are {allowed:.2e} (torch: {their:.2e})"
@@ -172,7 +186,7 @@ def judge(problem: Problem, found: Results, *, floor: float = GPU_FLOOR, lse_tol
 
 def judge_all(problems: Sequence[Problem], run: Runner) -> Verdict:
     """Run several problems; the worst of them, and all faults."""
-    verdicts = [judge(problem, run(problem)) for problem in problems]
+    verdicts = [judge(Expected.of(problem), run(problem)) for problem in problems]
     return Verdict(max(v.worst for v in verdicts), tuple(fault for v in verdicts for fault in v.faults))
 
 
@@ -201,17 +215,18 @@ def judge_rope(turn: Turner, device: torch.device | str, dtype: torch.dtype, *, 
     frequencies = 10000.0**-exponents
     tables = rope_tables(frequencies, seq)
     faults, worst = [], 0.0
-    for docs, from_end, interleaved, inverse in itertools.product(
-        (None, documents(batch, seq, device)), *[(False, True)] * 3
-    ):
-        at = positions(docs, batch, seq, from_end=from_end, device=device)
-        way = {"interleaved": interleaved, "inverse": inverse}
-        exact = reference_rope(x, at, frequencies, **way)
-        their = error(torch_rope(x, *(table[at] for table in tables), **way), exact)
+    every = (None, documents(batch, seq, device))
+    ways = [Rotation(*tables, docs, *flags) for docs in every for flags in itertools.product((False, True), repeat=3)]
+    for way in ways:
+        at = positions(way.documents, batch, seq, from_end=way.from_end, device=device)
+        pairing = {"interleaved": way.interleaved, "inverse": way.inverse}
+        exact = reference_rope(x, at, frequencies, **pairing)
+        their = error(torch_rope(x, *(table[at] for table in tables), **pairing), exact)
         y = torch.full_like(x, math.nan)
-        turn(x, y, Rotation(*tables, docs, from_end, interleaved, inverse))
+        turn(x, y, way)
         off, allowed = error(y, exact), 2 * their + torch.finfo(dtype).eps
         worst = off / allowed if not off / allowed <= worst else worst
         if not off <= allowed:
-            faults.append(f"off by {off:.2e}, allowed are {allowed:.2e}: {way}, from_end {from_end}, {docs is not None}")
+            has = {"from_end": way.from_end, "documents": way.documents is not None, **pairing}
+            faults.append(f"off by {off:.2e}, allowed are {allowed:.2e}: {has}")
     return Verdict(worst, tuple(faults))

@@ -102,9 +102,7 @@ def run_poisoned(problem: Problem, path: str) -> Results:
     lse, delta = (torch.full((batch, heads, seq), math.nan, device=q.device) for _ in range(2))
     launch_forward(problem.inputs, o, lse, mask.documents, reach, scale, path)
     gradients = (d_q, d_k, d_v)
-    launch_backward(
-        (*problem.inputs, o), lse, problem.d_o, gradients, delta, mask.documents, reach, scale, path
-    )
+    launch_backward((*problem.inputs, o), lse, problem.d_o, gradients, delta, mask.documents, reach, scale, path)
     return o, lse, d_q, d_k, d_v
 
 

@@ -5,9 +5,9 @@ cuda    the fused kernels of csrc/ for this GPU, once they are verified on it (`
 torch   flip (for a reversed-causal mask) and scaled_dot_product_attention; an explicit mask for all other masks
 
 "auto" takes the best kernels that the build and the device have in common, and torch where there are none. One case is
-torch's on the CPU although there are kernels: bf16 on a processor that multiplies bf16 matrices in hardware (AMX), which
-the kernels do not use, with large heads and a mask that skips no tiles (benchmarks/results/attention.json). On a GPU
-"auto" takes no kernels that tools/verify_kernels.py has not passed on it; by name they can be had.
+torch's on the CPU although there are kernels: bf16 on a processor that multiplies bf16 matrices in hardware (AMX),
+which the kernels do not use, with large heads and a mask that skips no tiles (benchmarks/results/attention.json). On a
+GPU "auto" takes no kernels that tools/verify_kernels.py has not passed on it; by name they can be had.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def choose_among(
     Raises:
         UsageError: the variant asked for does not serve.
     """
-    faults = []
+    faults: list[str] = []
     for variant, use in zip(variants, uses, strict=True):
         if wish not in (AUTO, variant.name):
             continue

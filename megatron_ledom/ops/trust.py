@@ -1,8 +1,8 @@
 """Which CUDA kernels this process may use: verified on this kind of GPU, and right at their first use here.
 
     verified     tools/verify_kernels.py has passed on this kind of GPU for this build (`verification`)
-    first use    of (part, dtype, head size, kind of mask): a few seeded milliseconds against float64, backward included,
-                 into outputs full of NaN
+    first use    of (part, dtype, head size, kind of mask): a few seeded milliseconds against float64, backward
+                 included, into outputs full of NaN
     agreed       a run's ranks take the minimum of both, so that all take one path (`Trust.agree`)
 
 A part is an attention variant, or "rope". Nothing here knows how a path is chosen (`path`).

@@ -5,9 +5,9 @@ A record is of one build (the hash of the kernels' sources and flags, and the co
     {"format": 1, "source": "3f..", "compiler": "nvcc 13.0.88", "gpu": "NVIDIA H100 80GB HBM3", "capability": 90,
      "driver": "580.159.04", "parts": {"sm80": {"passed": true, ...}, "rope": {"passed": true, ...}}, ...}
 
-It lies in the folder that LEDOM_VERIFICATION names, or in $XDG_CACHE_HOME/megatron_ledom/verification (~/.cache without
-it): never in the package, which may be read-only and shared by machines. A record that differs in any of these facts, or
-cannot be read, verifies nothing.
+It lies in the folder that LEDOM_VERIFICATION names, or in $XDG_CACHE_HOME/megatron_ledom/verification (~/.cache
+without it): never in the package, which may be read-only and shared by machines. A record that differs in any of these
+facts, or cannot be read, verifies nothing.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ def find_fault(folder: Path, build: Build, gpu: Gpu, part: str) -> str | None:
     return None
 
 
-def write_record(
-    folder: Path, build: Build, gpu: Gpu, parts: Mapping[str, Mapping[str, Any]], **more: Any
-) -> Path:
+def write_record(folder: Path, build: Build, gpu: Gpu, parts: Mapping[str, Mapping[str, Any]], **more: Any) -> Path:
     """Write a record; it is complete or not there.
 
     Args:

@@ -156,7 +156,6 @@ class Emulation:
         self.call("ledom_attention_backward_cuda", params, run)
         return gradients
 
-
     def rope(self, x: torch.Tensor, y: torch.Tensor, rotation: Rotation, run: Run) -> None:
         """Write `x` turned into `y`."""
         batch, seq, heads, head_dim = x.shape
