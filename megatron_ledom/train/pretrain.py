@@ -124,6 +124,10 @@ def run_pretraining(args: argparse.Namespace, facts: RunFacts, plan: AttentionPl
         *(args.direction, args.device, args.tensor_model_parallel_size, args.pipeline_model_parallel_size),
         *(args.data_parallel_size, args.run_dir),
     )
+    if args.device == "cuda" and args.transformer_impl == "local":
+        get_logger(__name__).warning(
+            "Megatron's local layers: without Transformer Engine there is no FP8 and attention may be slow"
+        )
     get_logger(__name__).info("attention: %s (%s)", plan.kind, plan.reason)
     get_logger(__name__).info("%s", describe_kernels())
     model_config = gpt_config_from_args(args)
