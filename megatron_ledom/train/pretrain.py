@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ledom.data.order import EPOCHS
 from megatron_ledom.data.tokenizers import check_engine_tokenizer
-from megatron_ledom.engine import cpu
+from megatron_ledom.engine import cpu, wheel
 from megatron_ledom.engine.arguments import (
     build_front_parser,
     parse_arguments,
@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if device == "cpu":
         cpu.install()
+    wheel.use_compiled_helpers()
     from megatron.training import get_tokenizer
 
     from megatron_ledom.model.attention import plan_attention
