@@ -1,8 +1,9 @@
 """Megatron from its wheel: the one patch that runs on every device need.
 
 At start rank 0 calls `compile_helpers`, which runs `make` in megatron-core's own folder and ends the process with
-status 1 where that fails. The wheel holds the compiled helper but no Makefile, so with an installed megatron-core no run
-would start, on GPUs neither (seen on an H200, megatron-core 0.19.2). A source checkout has the Makefile and is left alone.
+status 1 where that fails. The wheel holds the compiled helper but no Makefile, so with an installed megatron-core no
+run would start, on GPUs neither (seen on an H200, megatron-core 0.19.2). A source checkout has the Makefile and is
+left alone.
 """
 
 from __future__ import annotations
