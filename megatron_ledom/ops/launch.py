@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from megatron_ledom.ops.conformance import Problem, Results, Rotation
-from megatron_ledom.ops.kernels import as_argument, as_call, kernels
+from megatron_ledom.ops.kernels import as_argument, as_call, cuda_variants, kernels
 from megatron_ledom.ops.mask import Documents
 
 
@@ -43,10 +43,11 @@ def launch_forward(
         path: one of `path.CPU_KERNELS` or `path.CUDA_KERNELS`.
 
     Raises:
-        ValueError: the kernel refuses them.
+        ValueError: the kernel refuses them, or is for another device.
         RuntimeError: CUDA reports an error.
     """
     q, k, _ = qkv
+    _check_place(q, path)
     with on_device_of(q):
         call = as_call(q, k.shape[2], reach, documents, scale)
         kernels().attention_forward(call, [as_argument(x) for x in (*qkv, o_BSHD)], lse_BHS.data_ptr(), path)
@@ -77,10 +78,11 @@ def launch_backward(
         path: as in forward.
 
     Raises:
-        ValueError: the kernel refuses them.
+        ValueError: the kernel refuses them, or is for another device.
         RuntimeError: CUDA reports an error.
     """
     q, k = qkvo[:2]
+    _check_place(q, path)
     with on_device_of(q):
         kernels().attention_backward(
             as_call(q, k.shape[2], reach, documents, scale),
@@ -90,6 +92,13 @@ def launch_backward(
             delta_BHS.data_ptr(),
             path,
         )
+
+
+def _check_place(x: torch.Tensor, path: str) -> None:
+    """Keep the addresses of one device from the kernels of another."""
+    wanted = "cuda" if path in {variant.name for variant in cuda_variants()} else "cpu"
+    if x.device.type != wanted:
+        raise ValueError(f"path {path!r} is for tensors on {wanted}, and these are on {x.device.type}")
 
 
 def run_poisoned(problem: Problem, path: str) -> Results:
@@ -110,7 +119,7 @@ def launch_rope(x_BSHD: torch.Tensor, y_BSHD: torch.Tensor, rotation: Rotation) 
     """Write `x` turned into `y`, which may be `x`.
 
     Raises:
-        ValueError: the kernel refuses them.
+        ValueError: the kernel refuses them, or is for another device.
         RuntimeError: CUDA reports an error.
     """
     cosines, sines = rotation.cosines, rotation.sines

@@ -20,7 +20,7 @@ import torch
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.ops.kernels import REBUILD_WITH_CUDA, Variant, cpu_paths, cuda_variants, load_kernels
-from megatron_ledom.ops.trust import Trust, Use, trust_of
+from megatron_ledom.ops.trust import Trust, Use, attention_uses, trust_of
 from megatron_ledom.ops.verification import ROPE
 
 AUTO, TORCH = "auto", "torch"
@@ -89,6 +89,25 @@ def choose_rope_path(device: torch.device, dtype: torch.dtype, wish: str = AUTO)
     if wish == AUTO:
         return Path(TORCH, fault) if fault else Path(cpu_paths()[0], "the best of this build on this processor")
     return _asked_for(wish, fault)
+
+
+@functools.cache
+def prepare_paths(index: int, dtype: torch.dtype, head_dim: int) -> Path:
+    """Find out, together with all ranks of a run, which kernels of a GPU serve a model; later calls take those.
+
+    Collective, once for the same arguments: all ranks call it before the first forward pass.
+
+    Args:
+        index: of this rank's GPU.
+        dtype: of the model.
+        head_dim: D.
+
+    Returns:
+        The path that a reversed-causal mask takes.
+    """
+    is_served = dtype in CUDA_DTYPES and head_dim in CUDA_HEAD_DIMS
+    trust_of(index).agree(attention_uses(CUDA_KERNELS if is_served else (), dtype, head_dim))
+    return choose_path(torch.device("cuda", index), dtype, head_dim=head_dim, kind="reversed")
 
 
 def choose_among(

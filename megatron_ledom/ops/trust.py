@@ -23,7 +23,7 @@ from megatron_ledom.log import get_logger
 from megatron_ledom.ops import verification
 from megatron_ledom.ops.conformance import KINDS, Problem, judge_all, judge_rope, masks, random_problem
 from megatron_ledom.ops.gpu import find_gpu
-from megatron_ledom.ops.kernels import kernels
+from megatron_ledom.ops.kernels import cuda_variants, load_kernels
 from megatron_ledom.ops.launch import launch_rope, run_poisoned
 
 PERMIT_VARIABLE = "LEDOM_UNVERIFIED"
@@ -56,6 +56,7 @@ class Trust:
     """What is known of the kernels on one device; each fact is found once.
 
     Args:
+        find_unfit: part -> why this build or this device cannot run it at all, None where it can.
         find_unverified: part -> why it is not verified, None where it is.
         self_check: runs a use; what is wrong with its results, None where they are right.
         permitted: parts that may be used unverified.
@@ -63,11 +64,13 @@ class Trust:
 
     def __init__(
         self,
+        find_unfit: Callable[[str], str | None],
         find_unverified: Callable[[str], str | None],
         self_check: Callable[[Use], str | None],
         permitted: frozenset[str] = frozenset(),
     ) -> None:
-        self._find_unverified, self._self_check, self._permitted = find_unverified, self_check, permitted
+        self._find_unfit, self._find_unverified = find_unfit, find_unverified
+        self._self_check, self._permitted = self_check, permitted
         self._unverified: dict[str, str | None] = {}
         self._failed: dict[Use, str | None] = {}
         self._said: set[str] = set()
@@ -75,9 +78,10 @@ class Trust:
     def unverified(self, part: str) -> str | None:
         """Why "auto" must not take a part; None where it may."""
         if part not in self._unverified:
-            fault = self._find_unverified(part)
-            if fault and part in self._permitted:
-                self.say(f"kernels {part}: used although {fault} ({PERMIT_VARIABLE} allows it)")
+            unfit = self._find_unfit(part)
+            fault = unfit or self._find_unverified(part)
+            if fault and not unfit and part in self._permitted:
+                self.say(f"kernels {part}: used as {PERMIT_VARIABLE} allows it, although {fault}")
                 fault = None
             self._unverified[part] = fault
         return self._unverified[part]
@@ -136,8 +140,10 @@ def parse_permitted(words: str) -> frozenset[str]:
 
 
 def this_build() -> verification.Build:
-    """The CUDA kernels of the installed extension."""
-    found = kernels()
+    """The CUDA kernels of the installed extension; empty words where there are none."""
+    found = load_kernels()
+    if isinstance(found, str):
+        return verification.Build("", "")
     return verification.Build(found.cuda_source_hash(), found.cuda_compiler())
 
 
@@ -146,7 +152,15 @@ def trust_of(index: int) -> Trust:
     """What is known of the kernels on the GPU that torch numbers `index`."""
     build, gpu, folder = this_build(), find_gpu(index), verification.record_folder()
     device = torch.device("cuda", index)
+    variants = {variant.name: variant for variant in cuda_variants()}
+
+    def find_unfit(part: str) -> str | None:
+        if not variants or part not in (*variants, verification.ROPE):
+            return f"this build has no CUDA kernels {part}"
+        return variants[part].fault_on(gpu.capability) if part in variants else None
+
     return Trust(
+        find_unfit,
         lambda part: verification.find_fault(folder, build, gpu, part),
         lambda use: self_check(use, device),
         parse_permitted(os.environ.get(PERMIT_VARIABLE, "")),

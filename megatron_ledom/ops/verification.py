@@ -12,6 +12,7 @@ facts, or cannot be read, verifies nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -108,6 +109,7 @@ def write_record(folder: Path, build: Build, gpu: Gpu, parts: Mapping[str, Mappi
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise OutputError(f"the record {path} cannot be written: {error}; set {FOLDER_VARIABLE} to a folder") from error
     return path

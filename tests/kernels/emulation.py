@@ -222,6 +222,11 @@ def build_library(folder: Path, sources: Sequence[Path]) -> Emulation:
     """Compile `.cu` files with the emulation into a library, and load it."""
     library = folder / "libemulated.so"
     run_command(["g++", "-shared", "-pthread", *compile_objects(folder, sources, ["-O2"]), "-o", str(library)])
+    return load_library(library)
+
+
+def load_library(library: Path) -> Emulation:
+    """Load what `build_library` made."""
     loaded = ctypes.CDLL(str(library))
     for name in ("ledom_emulation_error", "ledom_emulation_synchronisations"):
         getattr(loaded, name).restype = ctypes.c_char_p
