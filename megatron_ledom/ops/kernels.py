@@ -160,7 +160,8 @@ def rows_aligned(x_BSHD: torch.Tensor) -> torch.Tensor:
     x = rows_contiguous(x_BSHD)
     if not x.is_cuda:
         return x
-    size = x.element_size()
-    if all(number % COPY_BYTES == 0 for number in (x.data_ptr(), *(s * size for s in x.stride()[:3]))):
+    strides = [stride * x.element_size() for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    # A stride of 0, an expanded axis, is none that a tensor map of Hopper's can have.
+    if x.data_ptr() % COPY_BYTES == 0 and all(stride > 0 and stride % COPY_BYTES == 0 for stride in strides):
         return x
     return empty_like_rows(x).copy_(x)

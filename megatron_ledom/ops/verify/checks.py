@@ -25,8 +25,6 @@ LENGTHS = (1, 97, 250, 515)
 LONG = 2049
 HEADS = ((4, 4), (4, 2), (3, 1), (8, 1))
 NUM_REPEATS = 20
-MAX_FAULTS = 12
-"""What is written of them; the count is of all."""
 
 
 @dataclass

@@ -1,17 +1,19 @@
 """The verification of the CUDA kernels on one GPU, from the first check to the record.
 
-Sections are independent: one that breaks is reported, and the next one runs. A part (an attention variant, or "rope")
-passes where every section that concerns it ran and found nothing.
+What touches the GPU runs in processes of its own (`child`). A part (an attention variant, or "rope") passes where every
+check that concerns it ran and found nothing; one that breaks is reported, and the others run.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,14 @@ from megatron_ledom.ops.gpu import find_gpu
 from megatron_ledom.ops.kernels import cuda_variants, describe_kernels, load_kernels
 from megatron_ledom.ops.trust import this_build
 from megatron_ledom.ops.verification import ROPE, record_folder, write_record
-from megatron_ledom.ops.verify import checks, speed
+from megatron_ledom.ops.verify import child, speed
 from megatron_ledom.ops.verify.clock import Clock
 from megatron_ledom.ops.verify.sanitizer import check_with_sanitizer, find_sanitizer
-from megatron_ledom.ops.verify.wrappers import compare
 
 LIMIT_S = 500.0
-SHOWN_FAULTS = 6
+PART_SHARE = 0.35
+"""Of the time that is left, what one part may take: a kernel that hangs must not keep the others from their turn."""
+SHOWN_FAULTS, KEPT_FAULTS = 6, 12
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,13 @@ class Report:
 
     Attributes:
         faults: part -> what is wrong.
-        notes: section -> facts for the record.
-        seconds: section -> how long it took.
-        stray: faults that concern no part: of the emulation's model, or of the measurement.
+        sections: part, or "speed" -> section -> {"seconds", "faults", "facts"}.
+        notes: further facts.
     """
 
     faults: dict[str, list[str]]
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    stray: list[str] = field(default_factory=list)
 
 
 def check_machine() -> torch.device:
@@ -86,7 +87,7 @@ def check_machine() -> torch.device:
 
 
 def verify(options: Options) -> int:
-    """Run every section, print a table, and write the record.
+    """Run every check, print a table, and write the record.
 
     Returns:
         0 where all parts passed, 1 otherwise.
@@ -96,126 +97,96 @@ def verify(options: Options) -> int:
     """
     device = check_machine()
     clock, gpu, say = Clock(options.limit_s), find_gpu(device.index or 0), get_logger(__name__).info
-    usable = {v.name: v.fault_on(gpu.capability) for v in cuda_variants()}
-    parts = [name for name, fault in usable.items() if fault is None]
+    unfit = {v.name: v.fault_on(gpu.capability) for v in cuda_variants()}
+    parts = [name for name, fault in unfit.items() if fault is None]
     say("%s", describe_kernels())
     say("%s, capability %d, driver %s, torch %s", gpu.name, gpu.capability, gpu.driver, torch.__version__)
-    for _name, fault in usable.items():
-        if fault:
-            say("not verified here: %s", fault)
+    for fault in filter(None, unfit.values()):
+        say("not verified here: %s", fault)
     report = Report({part: [] for part in (*parts, ROPE)})
-    run_sections(report, parts, device, clock, options)
+    with tempfile.TemporaryDirectory() as folder:
+        run_all(report, parts, Path(folder), clock, options)
     passed = {part: not faults for part, faults in report.faults.items()}
-    for line in table(report, passed):
-        print(line)
+    print("\n".join(table(report, passed)), flush=True)
     keep(report, passed, options, device, clock)
     return 0 if passed and all(passed.values()) else 1
 
 
-def run_sections(report: Report, parts: list[str], device: torch.device, clock: Clock, options: Options) -> None:
-    """Run them in the order of what is worth knowing first."""
-
-    def run(name: str, concerned: list[str], section: Callable[[], None]) -> None:
+def run_all(report: Report, parts: Sequence[str], folder: Path, clock: Clock, options: Options) -> None:
+    """Fill the report: what decides first, the rates last."""
+    for part in (ROPE, *parts):
+        left_s = max(options.limit_s - clock.elapsed_s, 0.0)
+        report.faults[part] += run_child(report, [part], folder, PART_SHARE * left_s, options)
+        get_logger(__name__).info("%s left", format_seconds(max(options.limit_s - clock.elapsed_s, 0.0)))
+    program = find_sanitizer()
+    if program is None:
+        report.notes["compute-sanitizer"] = "not found: memory, races and barriers were not looked at"
+    else:
         started = time.monotonic()
-        if clock.is_over:
-            for part in concerned:
-                report.faults[part].append(f"{name}: not run, the {format_seconds(options.limit_s)} were over")
-            return
-        try:
-            section()
-        except Exception as error:
-            text = f"{name} broke off: {type(error).__name__}: {error}"
-            get_logger(__name__).warning("%s\n%s", text, traceback.format_exc(limit=-4))
-            for part in concerned:
-                report.faults[part].append(text[:2000])
-            if not concerned:
-                report.stray.append(text[:2000])
-        report.seconds[name] = round(time.monotonic() - started, 1)
-        took, left = report.seconds[name], max(options.limit_s - clock.elapsed_s, 0.0)
-        get_logger(__name__).info("%s: %s, %s left", name, format_seconds(took), format_seconds(left))
-
-    def correctness() -> None:
-        for part, tally in checks.check_correctness(parts, device, clock, options.is_quick).items():
-            keep_tally(report, part, tally, "correctness")
-
-    def each(check: Callable[[str, torch.device], list[str]]) -> Callable[[], None]:
-        def section() -> None:
-            for part in parts:
-                report.faults[part] += check(part, device)
-
-        return section
-
-    def rope() -> None:
-        keep_tally(report, ROPE, checks.check_rope_kernel(device), "rope")
-
-    def runtimes() -> None:
-        report.notes["runtimes"] = checks.loaded_runtimes()
-
-    def wrappers() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            report.stray += compare(Path(folder), "nvcc", device, range(8))
-        report.notes["wrappers"] = "agree with the emulation" if not report.stray else "differ"
-
-    def sanitizer() -> None:
-        program = find_sanitizer()
-        if program is None:
-            report.notes["compute-sanitizer"] = "not found: memory, races and barriers were not looked at"
-            return
         for part, faults in check_with_sanitizer(program, parts, clock, options.is_quick).items():
             report.faults[part] += faults
-        report.notes["compute-sanitizer"] = "ran"
-
-    def measure() -> None:
-        report.notes["speed"] = speed.measure_all(parts, device, clock, options.is_quick)
-        report.notes["rope_speed"] = speed.measure_rope(device)
-
-    run("correctness", parts, correctness)
-    run("rotary positions", [ROPE], rope)
-    run("twenty repeats", parts, each(checks.check_repeats))
-    run("streams and graphs", parts, each(checks.check_streams))
-    run("torch's face", parts, each(checks.check_torch_face))
-    run("two runtimes", parts, runtimes)
-    run("compute-sanitizer", [*parts, ROPE], sanitizer)
-    run("wrappers", [], wrappers)
+        report.notes["compute-sanitizer"] = f"ran ({format_seconds(time.monotonic() - started)})"
+    report.notes["wrappers"] = compare_wrappers(folder)
     if options.has_speed:
-        run("speed", [], measure)
+        left_s = max(options.limit_s - clock.elapsed_s, 0.0)
+        report.notes["speed faults"] = run_child(report, ["speed", *parts], folder, left_s, options)
 
 
-def keep_tally(report: Report, part: str, tally: checks.Tally, section: str) -> None:
-    """Take over what a section counted."""
-    report.faults[part] += tally.faults
-    share, case = tally.worst
-    report.notes.setdefault(section, {})[part] = {
-        "cases": tally.num_cases,
-        "worst_share_of_allowed": round(share, 3),
-        "worst_case": case,
-    }
+def run_child(report: Report, words: Sequence[str], folder: Path, limit_s: float, options: Options) -> list[str]:
+    """Run a part, or "speed" with its parts, for at most about `limit_s`; returns the faults."""
+    name, *rest = words
+    out = folder / f"{name}.json"
+    quick = [child.QUICK] if options.is_quick else []
+    command = [sys.executable, "-m", child.__name__, name, str(out), f"{limit_s:.0f}", *quick, *rest]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    status = ""
+    try:
+        done = subprocess.run(command, env=environment, check=False, timeout=limit_s + 30)
+        status = f"its process ended with status {done.returncode}" if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        status = f"it hung: its process was ended after {format_seconds(limit_s + 30)}"
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    report.sections[name] = found.get("sections", {})
+    faults = [str(fault) for fault in found.get("faults", [])]
+    if status or not found:
+        faults.append(f"{found.get('current') or 'start'}: {status or 'it wrote nothing'}")
+    return faults
+
+
+def compare_wrappers(folder: Path) -> list[str] | str:
+    """Each inline-assembly function on the GPU against the emulation; it concerns the emulation, not a part."""
+    command = [sys.executable, "-m", "megatron_ledom.ops.verify.wrappers", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        done = subprocess.run(command, env=environment, check=False, timeout=90, capture_output=True, text=True)
+    except subprocess.TimeoutExpired:
+        return ["they took more than 90 s"]
+    lines = done.stdout.splitlines()
+    if done.returncode == 0:
+        return lines[-1] if lines else "nothing was said"
+    return lines or done.stderr.strip().splitlines()[-3:]
 
 
 def table(report: Report, passed: dict[str, bool]) -> list[str]:
     """What was found, for people."""
     lines = []
     for part, is_good in passed.items():
-        counted = {**report.notes.get("correctness", {}), **report.notes.get("rope", {})}.get(part)
-        words = (
-            f"{counted['cases']} cases, worst error {counted['worst_share_of_allowed']:.2f} of what is allowed"
-            if counted
-            else "not run"
-        )
-        lines.append(
-            f"{part:8} {'passed' if is_good else 'FAILED'}   {words}"
-            + (f" ({counted['worst_case']})" if counted else "")
-        )
+        counted = [s["facts"] for s in report.sections.get(part, {}).values() if isinstance(s["facts"], dict)]
+        words = "not run"
+        if counted:
+            worst, case = counted[0]["worst_share_of_allowed"], counted[0]["worst_case"]
+            words = f"{counted[0]['cases']} cases, the worst error {worst:.2f} of what is allowed ({case})"
+        lines.append(f"{part:8} {'passed' if is_good else 'FAILED'}   {words}")
         faults = report.faults[part]
         lines += [f"         - {fault}" for fault in faults[:SHOWN_FAULTS]]
         if len(faults) > SHOWN_FAULTS:
             lines.append(f"         ... and {len(faults) - SHOWN_FAULTS} more")
-    lines += [f"note     {fault}" for fault in report.stray[:SHOWN_FAULTS]]
-    for name in ("wrappers", "compute-sanitizer", "runtimes"):
-        lines.append(f"{name:18} {report.notes.get(name, 'not run')}")
-    if report.notes.get("speed"):
-        lines += ["", "TFLOP/s, forward / forward and backward (medians):", *speed.speed_table(report.notes["speed"])]
-        lines.append(f"rotary positions: {report.notes.get('rope_speed')}")
+    lines += [f"{name}: {facts}" for name, facts in report.notes.items() if facts]
+    if measured := [
+        s["facts"] for s in report.sections.get("speed", {}).values() if s["facts"] and "tflops" in s["facts"]
+    ]:
+        lines += ["", "TFLOP/s, forward / forward and backward (medians):", *speed.speed_table(measured)]
+        lines.append(f"rotary positions: {report.sections['speed'].get('rotary positions', {}).get('facts')}")
     return lines
 
 
@@ -223,16 +194,15 @@ def keep(report: Report, passed: dict[str, bool], options: Options, device: torc
     """Write the record, and everything to `--json`; a quick run writes no record."""
     build, gpu = this_build(), find_gpu(device.index or 0)
     parts = {
-        part: {"passed": passed[part], "faults": faults[: checks.MAX_FAULTS], "num_faults": len(faults)}
+        part: {"passed": passed[part], "faults": faults[:KEPT_FAULTS], "num_faults": len(faults)}
         for part, faults in report.faults.items()
     }
     facts: dict[str, Any] = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
-        "seconds": report.seconds,
-        "stray": report.stray,
-        **report.notes,
+        "sections": report.sections,
+        "notes": report.notes,
     }
     if options.json_path:
         everything = {"source": build.source, "compiler": build.compiler, "gpu": gpu.name, "capability": gpu.capability}

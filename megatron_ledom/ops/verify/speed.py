@@ -20,14 +20,12 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_ledom.log import Progress
 from megatron_ledom.ops.attention import attention_with_lse
 from megatron_ledom.ops.conformance import REVERSE, Rotation
 from megatron_ledom.ops.fallback import attend, torch_attention
 from megatron_ledom.ops.launch import launch_rope
 from megatron_ledom.ops.mask import AttentionMask, dense_mask, documents_from_lengths, intervals, natural_order_mask
 from megatron_ledom.ops.reference import rope_tables
-from megatron_ledom.ops.verify.clock import Clock
 
 SHAPES = (
     *((1, 16, 16, 2048, 64), (4, 16, 16, 4096, 64), (4, 16, 16, 4096, 128), (2, 32, 4, 8192, 128)),
@@ -141,19 +139,9 @@ def measure_rope(device: torch.device) -> dict[str, Any]:
     return {name: {"ms": round(ms, 4), "gigabytes_per_s": round(num_bytes / ms / 1e6)} for name, ms in found.items()}
 
 
-def measure_all(parts: Sequence[str], device: torch.device, clock: Clock, is_quick: bool) -> list[dict[str, Any]]:
-    """Every shape, reversed-causal and with documents, until no time is left."""
-    wanted = [(shape, kind) for shape in (QUICK_SHAPES if is_quick else SHAPES) for kind in ("reversed", "documents")]
-    progress = Progress("speed", len(wanted), "shapes")
-    results = []
-    for shape, kind in wanted:
-        if clock.is_over:
-            break
-        results.append(measure(shape, kind, parts, device))
-        torch.cuda.empty_cache()
-        progress.update(1)
-    progress.close()
-    return results
+def cases(is_quick: bool) -> list[tuple[tuple[int, int, int, int, int], str]]:
+    """Shapes and masks."""
+    return list(itertools.product(QUICK_SHAPES if is_quick else SHAPES, ("reversed", "documents")))
 
 
 def speed_table(results: Sequence[dict[str, Any]]) -> list[str]:

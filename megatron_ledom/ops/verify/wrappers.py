@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ CSRC = Path(__file__).resolve().parents[3] / "csrc"
 SOURCE = CSRC / "tests/wrappers.cu"
 MACHINERY = ("fiber", "grid", "warp", "entry")
 WORDS = 32
+NUM_SEEDS = 8
 SECTIONS = (
     *("cp.async 16", "cp.async 4", "ldmatrix", "ldmatrix.trans", "st.shared", "cvt.rn.bf16x2", "bf16 to fp32"),
     *("mma.m16n8k16", "ex2.approx", "ex2 edges", "shfl.xor", "indices"),
@@ -137,3 +139,18 @@ def compare(folder: Path, nvcc: str, device: torch.device, seeds: range) -> list
         expected = run_emulated(emulated.result(), words)
         faults += [f"seed {seed}: {f}" for f in differences(run_on_gpu(on_gpu.result(), words, device), expected)]
     return faults
+
+
+def main(words: list[str]) -> int:
+    """Compare on the current GPU; say what differs."""
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin") or "nvcc"
+    try:
+        faults = compare(Path(words[0]), nvcc, torch.device("cuda", torch.cuda.current_device()), range(NUM_SEEDS))
+    except RuntimeError as error:
+        faults = [f"not compared: {error}"]
+    print("\n".join(faults) or f"agree with the emulation ({len(SECTIONS)} functions, {NUM_SEEDS} sets of numbers)")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
