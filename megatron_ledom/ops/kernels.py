@@ -109,7 +109,9 @@ def describe_cuda() -> str:
 def as_argument(x_BSHD: torch.Tensor) -> list[int]:
     """A tensor [B, S, H, D] for the C interface: its address and the strides of B, S and H, in elements."""
     assert x_BSHD.ndim == 4 and (x_BSHD.stride(3) == 1 or x_BSHD.shape[3] == 1), (x_BSHD.shape, x_BSHD.stride())
-    return [x_BSHD.data_ptr(), *x_BSHD.stride()[:3]]
+    # An axis of one element is never stepped along, and torch gives it any stride.
+    strides = [stride if size > 1 else 0 for stride, size in zip(x_BSHD.stride()[:3], x_BSHD.shape[:3], strict=True)]
+    return [x_BSHD.data_ptr(), *strides]
 
 
 def as_documents(documents: Documents | None) -> list[int]:
