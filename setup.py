@@ -155,7 +155,6 @@ class BuildKernels(build_ext):
             sources = SOURCES | {f"{CUDA}/variants.cpp": []}
             include.append(self.cuda_include(toolkit))
             macros = [f'-DLEDOM_CUDA_COMPILER="{toolkit.version}"', f'-DLEDOM_CUDA_SOURCE_HASH="{cuda_source_hash()}"']
-            macros += ["-DLEDOM_HAS_SM90A"] if HOPPER_ONLY in cuda.values() else []
 
         def compile_cpp(source: str) -> str:
             flags = FLAGS + SOURCES.get(source, []) + macros

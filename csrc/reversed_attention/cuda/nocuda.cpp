@@ -5,6 +5,8 @@ extern "C" {
 
 int ledom_attention_forward_cuda(const ledom_attention_params*) { return LEDOM_NOT_BUILT; }
 
+int ledom_attention_forward_sm90a(const ledom_attention_params*) { return LEDOM_NOT_BUILT; }
+
 int ledom_attention_backward_cuda(const ledom_attention_params*) { return LEDOM_NOT_BUILT; }
 
 int ledom_rope_cuda(const ledom_rope_params*) { return LEDOM_NOT_BUILT; }

@@ -1,21 +1,14 @@
-// The CUDA kernels of this build, and what the CUDA runtime says. `setup.py` defines LEDOM_HAS_SM90A
-// where the kernels for Hopper are built too.
+// The CUDA kernels of this build, and what the CUDA runtime says.
 #include <cuda_runtime_api.h>
 
 #include "reversed_attention/params.h"
 
 extern "C" {
 
-#if defined(LEDOM_HAS_SM90A)
-int ledom_attention_forward_sm90a(const ledom_attention_params* params);
-#endif
-
 const ledom_cuda_variant* ledom_cuda_variants(int* count) {
     static const ledom_cuda_variant all[] = {
-#if defined(LEDOM_HAS_SM90A)
         // Its machine code runs on no other GPU. It has a forward pass only: both give the same logarithms.
         {"sm90a", 90, 90, &ledom_attention_forward_sm90a, &ledom_attention_backward_cuda},
-#endif
         {"sm80", 80, 129, &ledom_attention_forward_cuda, &ledom_attention_backward_cuda},
     };
     *count = static_cast<int>(sizeof all / sizeof all[0]);
