@@ -44,7 +44,7 @@ class Tally:
     def add(self, case: str, share: float, faults: Sequence[str]) -> None:
         """Count a case."""
         self.num_cases += 1
-        if not share <= self.worst[0]:
+        if share > self.worst[0]:
             self.worst = (share, case)
         self.faults += [f"{case}: {fault}" for fault in faults]
 

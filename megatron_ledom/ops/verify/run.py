@@ -23,10 +23,10 @@ import torch
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.log import format_seconds, get_logger
-from megatron_ledom.ops.gpu import find_gpu
+from megatron_ledom.ops.gpu import Gpu, find_gpu
 from megatron_ledom.ops.kernels import cuda_variants, describe_kernels, load_kernels
 from megatron_ledom.ops.trust import this_build
-from megatron_ledom.ops.verification import ROPE, record_folder, write_record
+from megatron_ledom.ops.verification import ROPE, Build, record_folder, write_record
 from megatron_ledom.ops.verify import child, speed
 from megatron_ledom.ops.verify.clock import Clock
 from megatron_ledom.ops.verify.sanitizer import check_with_sanitizer, find_sanitizer
@@ -109,7 +109,8 @@ def verify(options: Options) -> int:
         run_all(report, parts, Path(folder), clock, options)
     passed = {part: not faults for part, faults in report.faults.items()}
     print("\n".join(table(report, passed)), flush=True)
-    keep(report, passed, options, device, clock)
+    keep(report, passed, options, this_build(), gpu)
+    say("%s in all", format_seconds(clock.elapsed_s))
     return 0 if passed and all(passed.values()) else 1
 
 
@@ -193,9 +194,8 @@ def table(report: Report, passed: dict[str, bool]) -> list[str]:
     return lines
 
 
-def keep(report: Report, passed: dict[str, bool], options: Options, device: torch.device, clock: Clock) -> None:
+def keep(report: Report, passed: dict[str, bool], options: Options, build: Build, gpu: Gpu) -> None:
     """Write the record, and everything to `--json`; a quick run writes no record."""
-    build, gpu = this_build(), find_gpu(device.index or 0)
     parts = {
         part: {"passed": passed[part], "faults": faults[:KEPT_FAULTS], "num_faults": len(faults)}
         for part, faults in report.faults.items()
@@ -215,4 +215,4 @@ def keep(report: Report, passed: dict[str, bool], options: Options, device: torc
         print("a quick run writes no record")
         return
     path = write_record(record_folder(), build, gpu, parts, **facts)
-    print(f"{format_seconds(clock.elapsed_s)}; recorded in {path}")
+    print(f"recorded in {path}")
