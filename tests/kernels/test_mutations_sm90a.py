@@ -39,9 +39,9 @@ class Problem:
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    """Each of the emulation's three multiprocessors works on two items, and walks both stages more than once."""
+    """Two blocks of rows; the first walks four tiles, both stages twice."""
     torch.manual_seed(3)
-    inputs = [torch.randn(1, 450, 2, 64).to(torch.bfloat16) for _ in range(3)]
+    inputs = [torch.randn(1, 386, 1, 64).to(torch.bfloat16) for _ in range(3)]
     exact, _ = reference_attention(*(x.double() for x in inputs), MASK)
     return Problem(inputs, exact)
 
@@ -62,7 +62,7 @@ def test_all_lines_are_found_and_reached(emulation: Emulation, problem: Problem)
     emulation.synchronisations.clear()
     for run in RUNS[:3]:
         assert fault(emulation, problem, run) is None
-    assert emulation.synchronisations == set(synchronisations_sm90a()) and len(emulation.synchronisations) >= 40
+    assert emulation.synchronisations == set(synchronisations_sm90a()) and len(emulation.synchronisations) >= 35
 
 
 def test_each_line_is_needed(emulation: Emulation, problem: Problem) -> None:
