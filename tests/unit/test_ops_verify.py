@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ledom.ops.conformance import share_of
 from megatron_ledom.ops.gpu import Gpu
 from megatron_ledom.ops.mask import dense_mask
 from megatron_ledom.ops.verification import Build, find_fault
@@ -41,7 +42,7 @@ def test_a_section_that_breaks_is_a_fault_and_the_next_one_runs(tmp_path: Path) 
 def test_correctness_counts_cases_and_says_where_time_ran_out() -> None:
     tally = checks.Tally()
     tally.add("a", 0.4, [])
-    tally.add("b", float("nan"), ["o is off"])
+    tally.add("b", share_of(float("nan"), 1.0), ["o is off"])
     tally.add("c", 0.2, [])
     faults, facts = tallied(tally)
     assert faults == ["b: o is off"] and (facts["cases"], facts["worst_case"]) == (3, "b")
@@ -54,10 +55,8 @@ def test_correctness_counts_cases_and_says_where_time_ran_out() -> None:
 
 def test_a_wrong_kernel_is_caught_by_every_check_that_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The right kernels pass; a path that does not exist fails case by case, and the check goes on."""
-    monkeypatch.setattr(checks, "HEAD_DIMS", (64,))
-    monkeypatch.setattr(
-        checks, "cases", lambda is_quick: [("reversed", 1, 97, 2, 1, 64), ("both sides", 1, 33, 2, 1, 64)]
-    )
+    few = [("reversed", 1, 97, 2, 1, 64), ("both sides", 1, 33, 2, 1, 64)]
+    monkeypatch.setattr(checks, "cases", lambda is_quick: few)
     found = checks.check_correctness(["portable", "sm70"], CPU, Clock(100), True)
     assert not found["portable"].faults and found["portable"].num_cases == 2
     assert len(found["sm70"].faults) == 2 and "no such path" in found["sm70"].faults[0]
@@ -129,25 +128,9 @@ def test_wrappers_are_compared_word_by_word(tmp_path: Path) -> None:
 def test_rates_count_what_a_mask_allows() -> None:
     mask = speed.document_mask(2, 700, CPU)
     assert speed.num_scores(mask, 2, 700, CPU) == int(dense_mask(mask, 2, 700).sum())
-    rates = {
-        "shape": [1, 2, 2, 8, 64],
-        "mask": "reversed",
-        "tflops": {"sm80": [1.0, 2.5]},
-        "unavailable": {"cudnn": "no"},
-    }
-    assert speed.speed_table([rates])[1].split() == [
-        "1,",
-        "2,",
-        "2,",
-        "8,",
-        "64",
-        "reversed",
-        "1.0",
-        "/",
-        "2.5",
-        "no",
-        "kernel",
-    ]
+    rates = {"shape": [1, 2, 2, 8, 64], "mask": "reversed", "tflops": {"sm80": [1.0, 2.5]}}
+    line = speed.speed_table([rates | {"unavailable": {"cudnn": "no"}}])[1]
+    assert line.split() == ["1,", "2,", "2,", "8,", "64", "reversed", "1.0", "/", "2.5", "no", "kernel"]
 
 
 def test_a_clock_ends() -> None:

@@ -18,7 +18,6 @@ import torch
 
 CSRC = Path(__file__).resolve().parents[3] / "csrc"
 SOURCE = CSRC / "tests/wrappers.cu"
-MACHINERY = ("fiber", "grid", "warp", "entry")
 WORDS = 32
 NUM_SEEDS = 8
 SECTIONS = (
@@ -52,8 +51,8 @@ def build_emulated(folder: Path) -> ctypes.CDLL:
     Raises:
         RuntimeError: no sources, or the compiler's own words.
     """
-    flags = ["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-Wno-unknown-pragmas", f"-I{CSRC}"]
-    machinery = [str(CSRC / f"emulation/{name}.cpp") for name in MACHINERY]
+    flags = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-Wno-unknown-pragmas", f"-I{CSRC}"]
+    machinery = sorted(str(path) for path in (CSRC / "emulation").glob("*.cpp"))
     library = folder / "libwrappers_emulated.so"
     _run([*flags, "-x", "c++", str(SOURCE), *machinery, "-o", str(library)])
     loaded = ctypes.CDLL(str(library))
