@@ -12,19 +12,30 @@ import pytest
 from emulation import kernel_sources
 from nvcc import compile_cuda, opcodes_of
 
+SM90A = "90a"
 ARCHITECTURES = ("80", "90")
 # Tensor cores, matrix loads plain and transposed, asynchronous copies past the first cache, their wait, barriers.
-NEEDED = ("HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "DEPBAR", "BAR.SYNC")
+NEEDED_MMA = ("HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "DEPBAR", "BAR.SYNC")
+# Products of warpgroups with their waits, and one operand turned; copies of boxes in and out; barriers in shared memory
+# that count arrivals, and waits for their phases; fences for copies; registers that move.
+NEEDED_SM90A = (
+    "HGMMA.64", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "UTMALDG.4D", "UTMASTG.4D", "SYNCS.ARRIVE",
+    "SYNCS.PHASECHK", "FENCE.VIEW.ASYNC", "USETMAXREG", "BAR.SYNC", "BAR.ARV",
+)  # fmt: skip
+CASES = [
+    (source, architecture)
+    for source in kernel_sources()
+    for architecture in ((SM90A,) if SM90A in source.stem else ARCHITECTURES)
+]
 ENTRY = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for 'sm_\d+'.*?"
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_\d+a?'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
     r"Used (?P<registers>\d+) registers",
     re.S,
 )
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", kernel_sources(), ids=lambda path: path.stem)
+@pytest.mark.parametrize(("source", "architecture"), CASES, ids=[f"{path.stem}-{name}" for path, name in CASES])
 def test_kernels_compile_without_spills(source: Path, architecture: str, tmp_path: Path) -> None:
     code = f"arch=compute_{architecture},code=sm_{architecture}"
     flags = ("-gencode", code, "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings")
@@ -41,6 +52,7 @@ def test_kernels_compile_without_spills(source: Path, architecture: str, tmp_pat
     for name, opcodes in kernels.items():
         # Local memory, and what would make sums depend on the order of blocks.
         assert not {code for code in opcodes if re.match(r"LDL|STL|ATOM|RED\b", code)}, (name, sorted(opcodes))
+        needed = NEEDED_SM90A if architecture == SM90A else NEEDED_MMA
         if not re.search("attention_delta|rope", name):  # they multiply no matrices
-            missing = [code for code in NEEDED if not any(found.startswith(code) for found in opcodes)]
+            missing = [code for code in needed if not any(found.startswith(code) for found in opcodes)]
             assert not missing, (name, missing, sorted(opcodes))
