@@ -89,7 +89,8 @@ def test_tiles_that_no_row_attends_are_not_walked(emulation: Emulation) -> None:
         emulation.forward(q, k, v, mask, Run(), FORWARD)
         products[name] = emulation.counts.products
     # 4 blocks of 192 rows and 6 tiles of 128 keys; with a window of 16 keys rows 0 .. 191 reach keys 0 .. 206
-    # (2 tiles), rows 192 .. 383 keys 192 .. 398 (3), rows 384 .. 575 keys 384 .. 590 (2), rows 576 .. 767 keys 576 .. 767 (2).
+    # (2 tiles), rows 192 .. 383 keys 192 .. 398 (3), rows 384 .. 575 keys 384 .. 590 (2), rows 576 .. 767 keys
+    # 576 .. 767 (2).
     assert products["window"] * 24 == products["all"] * 9
 
 
