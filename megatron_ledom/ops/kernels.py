@@ -43,6 +43,10 @@ class Variant:
         return f"{self.name} is for capability {wanted}, and this GPU has {capability // 10}.{capability % 10}"
 
 
+ROPE_KERNEL = Variant("sm80", 80, 129)
+"""Rotary positions have one CUDA kernel, which every GPU runs that the sm_80 attention kernels run on."""
+
+
 @functools.cache
 def load_kernels() -> ModuleType | str:
     """Return the extension, or why there is none."""

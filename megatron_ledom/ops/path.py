@@ -19,7 +19,14 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ledom.errors import UsageError
-from megatron_ledom.ops.kernels import REBUILD_WITH_CUDA, Variant, cpu_paths, cuda_variants, load_kernels
+from megatron_ledom.ops.kernels import (
+    REBUILD_WITH_CUDA,
+    ROPE_KERNEL,
+    Variant,
+    cpu_paths,
+    cuda_variants,
+    load_kernels,
+)
 from megatron_ledom.ops.trust import Trust, Use, attention_uses, trust_of
 from megatron_ledom.ops.verification import ROPE
 
@@ -36,8 +43,6 @@ GAPLESS = ("causal", "reversed")
 """Kinds of masks that skip no tiles, and that torch can say without writing them out."""
 FASTER_TRAINING_BY_TORCH = (90,)
 """Capabilities of GPUs on which torch, flips included, was faster for gapless masks with the backward pass."""
-ROPE_KERNEL = Variant("sm80", 80, 129)
-"""Rotary positions have one CUDA kernel, which every GPU runs that the sm_80 attention kernels run on."""
 
 
 @dataclass(frozen=True)
