@@ -28,7 +28,7 @@ from megatron_ledom.log import get_logger
 from megatron_ledom.ops.attention import attention
 from megatron_ledom.ops.kernels import load_kernels
 from megatron_ledom.ops.mask import AttentionMask, Documents, model_order_mask, natural_order_mask
-from megatron_ledom.ops.path import prepare_paths
+from megatron_ledom.ops.path import choose_path, prepare_paths
 from megatron_ledom.ops.rope import rope
 
 MEGATRON, KERNELS, LEDOM = "megatron", "kernels", "ledom"
@@ -119,6 +119,8 @@ def agree_on_kernels(plan: AttentionPlan, config: Any) -> None:
     device, dtype = torch.device("cuda", torch.cuda.current_device()), config.params_dtype
     path = prepare_paths(device.index, dtype, config.kv_channels)
     get_logger(__name__).info("attention kernels on %s: %s (%s)", device, path.name, path.reason)
+    path = choose_path(device, dtype, head_dim=config.kv_channels, kind="reversed", needs_grad=True)
+    get_logger(__name__).info("attention in training, without documents or a window: %s (%s)", path.name, path.reason)
 
 
 class CoreAttention(torch.nn.Module):
@@ -197,7 +199,7 @@ class CoreAttention(torch.nn.Module):
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         if self.angles is not None:
             q, k = (self._turn(x, self.angles, documents) for x in (q, k))
-        output = attention(q, k, v, self._mask(documents), scale=self.scale)
+        output = attention(q, k, v, self._mask(documents), scale=self.scale, needs_grad=self.training)
         return output.transpose(0, 1).reshape(*query.shape[:2], -1)
 
     def _mask(self, documents: Documents | None) -> AttentionMask:

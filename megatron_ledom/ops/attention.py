@@ -32,6 +32,7 @@ def attention(
     *,
     scale: float | None = None,
     path: str = "auto",
+    needs_grad: bool | None = None,
 ) -> torch.Tensor:
     """Attend: softmax(scale * q k^T, where the mask allows) v.
 
@@ -42,6 +43,8 @@ def attention(
         mask: which keys a row attends.
         scale: of the scores; None for 1 / sqrt(D).
         path: "auto", or one of `path.PATHS`.
+        needs_grad: whether a backward pass will be wanted, for "auto"; None: as the tensors say. A forward pass that is
+            recomputed says it beforehand, so that both take one path.
 
     Returns:
         [B, S, H, D] in the dtype of q; 0 for a row that attends nothing. Sums are fp32, and the result does not depend
@@ -53,7 +56,10 @@ def attention(
     _check_shapes(q_BSHD, k_BSGD, v_BSGD, mask)
     scale = 1 / math.sqrt(q_BSHD.shape[3]) if scale is None else scale
     kind = mask_kind(mask, q_BSHD.shape[1])
-    chosen = choose_path(q_BSHD.device, q_BSHD.dtype, path, head_dim=q_BSHD.shape[3], kind=kind)
+    if needs_grad is None:
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BSHD, k_BSGD, v_BSGD))
+    head_dim = q_BSHD.shape[3]
+    chosen = choose_path(q_BSHD.device, q_BSHD.dtype, path, head_dim=head_dim, kind=kind, needs_grad=needs_grad)
     if chosen.name == TORCH:
         return torch_attention(q_BSHD, k_BSGD, v_BSGD, mask, scale)
     output, _ = attention_with_lse(q_BSHD, k_BSGD, v_BSGD, mask, scale, chosen.name)

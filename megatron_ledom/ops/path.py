@@ -32,6 +32,10 @@ AMX_HEAD_DIM = 128
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 CUDA_DTYPES, CUDA_HEAD_DIMS = (torch.bfloat16,), (64, 128, 192)
 """What the CUDA attention kernels compute."""
+GAPLESS = ("causal", "reversed")
+"""Kinds of masks that skip no tiles, and that torch can say without writing them out."""
+FASTER_TRAINING_BY_TORCH = (90,)
+"""Capabilities of GPUs on which torch, flips included, was faster for gapless masks with the backward pass."""
 ROPE_KERNEL = Variant("sm80", 80, 129)
 """Rotary positions have one CUDA kernel, which every GPU runs that the sm_80 attention kernels run on."""
 
@@ -50,7 +54,13 @@ class Path:
 
 
 def choose_path(
-    device: torch.device, dtype: torch.dtype, wish: str = AUTO, *, head_dim: int = 0, kind: str = "window"
+    device: torch.device,
+    dtype: torch.dtype,
+    wish: str = AUTO,
+    *,
+    head_dim: int = 0,
+    kind: str = "window",
+    needs_grad: bool = False,
 ) -> Path:
     """Decide which path an attention call takes.
 
@@ -60,6 +70,7 @@ def choose_path(
         wish: "auto", or one of `PATHS`.
         head_dim: D.
         kind: of the mask, one of `conformance.KINDS`.
+        needs_grad: whether the backward pass will be wanted.
 
     Raises:
         UsageError: `wish` names a path that cannot serve this call.
@@ -68,10 +79,15 @@ def choose_path(
     if wish == TORCH:
         return Path(TORCH, "asked for")
     if device.type == "cuda":
+        is_deterministic = torch.are_deterministic_algorithms_enabled()
+        if wish == AUTO and trains_faster_by_torch(_capability(_index_of(device)), kind, needs_grad, is_deterministic):
+            return Path(
+                TORCH, "torch is faster on this GPU with a backward pass and a mask without gaps, flips included"
+            )
         return _path_on_gpu(_index_of(device), dtype, wish, head_dim, kind)
     fault = _fault_of_cpu_kernels(device, dtype)
     if wish == AUTO:
-        has_faster_torch = kind in ("causal", "reversed") and head_dim >= AMX_HEAD_DIM and dtype == torch.bfloat16
+        has_faster_torch = kind in GAPLESS and head_dim >= AMX_HEAD_DIM and dtype == torch.bfloat16
         if not fault and has_faster_torch and torch.cpu._is_amx_tile_supported():
             fault = f"torch multiplies bf16 by AMX, which is faster for head size {head_dim} and a mask without gaps"
         return Path(TORCH, fault) if fault else Path(cpu_paths()[0], "the best of this build on this processor")
@@ -91,6 +107,15 @@ def choose_rope_path(device: torch.device, dtype: torch.dtype, wish: str = AUTO)
     return _asked_for(wish, fault)
 
 
+def trains_faster_by_torch(capability: int, kind: str, needs_grad: bool, is_deterministic: bool) -> bool:
+    """Whether "auto" leaves a call on a GPU to torch although kernels serve it (docs/kernels-cuda.md has the rates).
+
+    Our backward pass gives the same bits every time, which torch's faster one does not: where torch is told to be
+    deterministic, ours is taken.
+    """
+    return needs_grad and kind in GAPLESS and capability in FASTER_TRAINING_BY_TORCH and not is_deterministic
+
+
 @functools.cache
 def prepare_paths(index: int, dtype: torch.dtype, head_dim: int) -> Path:
     """Find out, together with all ranks of a run, which kernels of a GPU serve a model; later calls take those.
@@ -103,7 +128,7 @@ def prepare_paths(index: int, dtype: torch.dtype, head_dim: int) -> Path:
         head_dim: D.
 
     Returns:
-        The path that a reversed-causal mask takes.
+        The best of the kernels that serve, or why none does.
     """
     is_served = dtype in CUDA_DTYPES and head_dim in CUDA_HEAD_DIMS
     trust_of(index).agree(attention_uses(CUDA_KERNELS if is_served else (), dtype, head_dim))

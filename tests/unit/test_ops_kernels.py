@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
@@ -212,3 +213,24 @@ def test_without_a_compiler_the_build_says_so_and_goes_on(tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("*.so"))
     assert build(LEDOM_KERNELS="required").returncode != 0
     assert "LEDOM_KERNELS=none" in build(LEDOM_KERNELS="none").stdout
+
+
+def test_traced_on_cuda_tensors_the_ops_keep_device_dtype_and_layout() -> None:
+    """Without a GPU: fake tensors of one. Megatron's [S, B, H, D] stays one."""
+    with FakeTensorMode():
+        q, k = (torch.empty(13, 2, h, 64, device="cuda", dtype=torch.bfloat16).transpose(0, 1) for h in (4, 2))
+        output, lse = attention_op()(q, k, k, None, None, 0, 13, 0.3, "sm80")
+        assert (output.device.type, output.dtype, output.stride()) == ("cuda", torch.bfloat16, q.stride())
+        assert (lse.device.type, lse.dtype, lse.shape) == ("cuda", torch.float32, (2, 4, 13))
+        arguments = (output, q, k, k, output, lse, None, None, 0, 13, 0.3, "sm80")
+        assert [x.stride() for x in attention_backward_op()(*arguments)] == [q.stride(), k.stride(), k.stride()]
+        table = torch.empty(13, 32, device="cuda")
+        assert rope_op()(q, table, table, None, None, True, False, False).stride() == q.stride()
+
+
+def test_a_kernel_keeps_to_its_own_device() -> None:
+    x = torch.randn(1, 8, 1, 64)
+    with pytest.raises(UsageError, match=r"'sm80' cannot serve this call: this build has .* on this processor"):
+        attention(x, x, x, REVERSED, path="sm80")
+    with pytest.raises(ValueError, match=r"no such path|path 'sm80' is for tensors on cuda, and these are on cpu"):
+        attention_with_lse(x, x, x, REVERSED, 0.3, "sm80")

@@ -19,7 +19,7 @@ from megatron_ledom.ops.conformance import KINDS, Problem, Results, judge_all
 from megatron_ledom.ops.gpu import Gpu
 from megatron_ledom.ops.kernels import Variant, cpu_paths
 from megatron_ledom.ops.launch import run_poisoned
-from megatron_ledom.ops.path import choose_among
+from megatron_ledom.ops.path import choose_among, trains_faster_by_torch
 from megatron_ledom.ops.trust import Trust, Use, attention_uses, check_problems, parse_permitted, self_check
 from megatron_ledom.ops.verification import ROPE, Build, find_fault, record_folder, record_path, write_record
 
@@ -139,6 +139,14 @@ def test_an_unverified_variant_is_used_on_explicit_wish_only(lines: pytest.LogCa
         choose_among(VARIANTS, uses(), 90, trust(unverified, {"sm80": "o is off"}), "sm80")
     with pytest.raises(UsageError, match=r"capability 9\.0, and this GPU has 8\.0"):
         choose_among(VARIANTS, uses(), 80, trust(), "sm90a")
+
+
+def test_on_hopper_torch_trains_gapless_masks_unless_it_must_be_deterministic() -> None:
+    for kind in KINDS:
+        is_gapless = kind in ("causal", "reversed")
+        assert trains_faster_by_torch(90, kind, True, False) is is_gapless
+        assert not trains_faster_by_torch(90, kind, False, False) and not trains_faster_by_torch(90, kind, True, True)
+        assert not trains_faster_by_torch(80, kind, True, False)
 
 
 def test_a_kernel_that_cannot_be_started_is_a_fault() -> None:
