@@ -1,0 +1,10 @@
+"""An interpreter of the PTX that nvcc writes for the kernels of `csrc/`: numpy, all threads of a grid at once.
+
+`program` reads the text, `machine` runs it, `arithmetic`, `transfers`, `matrices` and `hopper` are the instructions,
+`memory` holds the state spaces and `order` knows which accesses are ordered. Nothing here knows our kernels: `launches`
+does, which has our own launchers say what they would start.
+"""
+
+from ptx import arithmetic, matrices, transfers
+
+__all__ = ["arithmetic", "matrices", "transfers"]

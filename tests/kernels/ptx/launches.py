@@ -1,0 +1,146 @@
+"""Our kernels in the interpreter: nvcc's PTX of the `.cu` files, started as the product's own launchers say.
+
+The launchers are compiled by g++ with a recorder in place of the grid (`recorded_launches.cpp`): kernels, grids, sizes
+and parameters are theirs, and nothing is copied here.
+
+Legend: B batch, S sequence, H query heads, G key heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from emulation import CSRC, FLAGS, attention_params, kernel_sources, run_command, set_tensors
+from nvcc import compile_cuda
+from ptx.machine import Launch, run_launch
+from ptx.memory import GlobalMemory
+from ptx.program import Module, parse
+
+from megatron_ledom.ops.mask import AttentionMask
+
+RECORDER = Path(__file__).parent / "recorded_launches.cpp"
+
+
+def ptx_of(source: Path, folder: Path, architecture: str = "80") -> str:
+    """What nvcc writes for a `.cu` file, with the lines that it comes from."""
+    made = folder / f"{source.stem}.ptx"
+    compile_cuda(source, made, "-ptx", f"-arch=compute_{architecture}", "-lineinfo")
+    return made.read_text(encoding="utf-8")
+
+
+@dataclass
+class Launcher:
+    """The product's launchers; they say what they would start."""
+
+    library: ctypes.CDLL
+
+    def launches(self, function: str, params: ctypes.Structure) -> list[Launch]:
+        """What a function of the C interface would start.
+
+        Raises:
+            ValueError: it refused its arguments.
+        """
+        self.library.recorded_clear()
+        status = getattr(self.library, function)(ctypes.byref(params))
+        if status:
+            raise ValueError(f"{function} returns {status}")
+        return [self._launch(i) for i in range(self.library.recorded_count())]
+
+    def _launch(self, number: int) -> Launch:
+        sizes = (ctypes.c_uint * 6)()
+        self.library.recorded_sizes(number, sizes)
+        x, y, z, threads, shared_bytes, num_bytes = sizes
+        data = ctypes.string_at(self.library.recorded_params(number), num_bytes)
+        return Launch(self.library.recorded_kernel(number).decode(), (x, y, z), threads, shared_bytes, [data])
+
+
+def build_launcher(folder: Path, sources: Sequence[Path]) -> Launcher:
+    """Compile the launchers of `.cu` files. The bodies of the kernels are there too, but nothing calls them."""
+    library = folder / "librecorded.so"
+    run_command(["g++", *FLAGS, "-shared", "-x", "c++", *map(str, sources), str(RECORDER), "-o", str(library)])
+    # ctypes itself resolves all symbols at once, and those of the kernels' bodies are not there.
+    system = ctypes.CDLL(None)
+    system.dlopen.restype = ctypes.c_void_p
+    handle = system.dlopen(str(library).encode(), ctypes.c_int(os.RTLD_LAZY))
+    assert handle, library
+    loaded = ctypes.CDLL(str(library), handle=handle)
+    loaded.recorded_kernel.restype = ctypes.c_char_p
+    loaded.recorded_params.restype = ctypes.c_void_p
+    return Launcher(loaded)
+
+
+@dataclass
+class Interpreter:
+    """Our kernels as the emulation offers them, but from their PTX."""
+
+    launcher: Launcher
+    modules: list[Module]
+    instructions: int = field(default=0)  # run so far, each for many threads
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output [B, S, H, D] and the rows' logarithms [B, H, S]."""
+        o = torch.full_like(q, math.nan)
+        lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), math.nan)
+        self._call("ledom_attention_forward_cuda", mask, {"q": q, "k": k, "v": v}, {"o": o, "lse": lse})
+        return o, lse
+
+    def backward(
+        self,
+        inputs: Sequence[torch.Tensor],
+        mask: AttentionMask,
+        results: Sequence[torch.Tensor],
+        d_o: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """The gradients of q, k and v; `results` are what `forward` gave for them."""
+        (q, k, v), (o, lse) = inputs, results
+        gradients = {f"d_{name}": torch.full_like(x, math.nan) for name, x in zip("qkv", inputs, strict=True)}
+        given = {"q": q, "k": k, "v": v, "o": o, "d_o": d_o, "lse": lse}
+        made = {**gradients, "delta": torch.full_like(lse, math.nan)}
+        self._call("ledom_attention_backward_cuda", mask, given, made)
+        return tuple(gradients.values())
+
+    def _call(
+        self, function: str, mask: AttentionMask, given: dict[str, torch.Tensor], made: dict[str, torch.Tensor]
+    ) -> None:
+        params = attention_params(given["q"], given["k"], mask)
+        tensors = {**given, **made}
+        rows = {name: tensors.pop(name) for name in ("lse", "delta") if name in tensors}
+        set_tensors(params, **tensors)
+        for name, row in rows.items():
+            setattr(params, name, row.data_ptr())
+        memory = GlobalMemory()
+        for name, tensor in {**given, **made}.items():
+            add_tensor(memory, name, tensor, name in made)
+        for name, address in (("doc_first", params.doc_first), ("doc_last", params.doc_last)):
+            if address:
+                size = 4 * params.batch * params.seq
+                data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+                memory.add(name, address, data, False)
+        for launch in self.launcher.launches(function, params):
+            module = next(m for m in self.modules if launch.kernel in m.kernels)
+            self.instructions += run_launch(module, launch, memory)
+
+
+def add_tensor(memory: GlobalMemory, name: str, tensor: torch.Tensor, is_writable: bool) -> None:
+    """The whole storage of a tensor, so that a view of a larger one is served."""
+    storage = tensor.untyped_storage()
+    data = np.ctypeslib.as_array((ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr()))
+    memory.add(name, storage.data_ptr(), data, is_writable)
+
+
+def build_interpreter(folder: Path) -> Interpreter:
+    """Compile the kernels of the product with nvcc, and their launchers."""
+    sources = kernel_sources()
+    return Interpreter(build_launcher(folder, sources), [parse(ptx_of(x, folder)) for x in sources])
+
+
+__all__ = ["CSRC", "Interpreter", "Launcher", "add_tensor", "build_interpreter", "build_launcher", "ptx_of"]

@@ -1,0 +1,58 @@
+// Stands in for the emulation's grid: notes what a launcher would start, and starts nothing. Compiled together with
+// the product's `.cu` files, whose kernels keep the names that they have in the PTX.
+#include <dlfcn.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "emulation/cuda.h"
+
+namespace {
+
+struct Launch {
+    std::string kernel;
+    unsigned grid[3], threads, shared_bytes;
+    std::string params;
+};
+
+std::vector<Launch> launches;
+
+}  // namespace
+
+namespace emulation {
+
+// `argument` begins with the kernel and the address of its parameters (launch.h), which begin with their size.
+bool run_grid(Index3 grid, unsigned threads, unsigned shared_bytes, void (*)(const void*), const void* argument) {
+    const void* const* call = static_cast<const void* const*>(argument);
+    Dl_info symbol;
+    if (dladdr(call[0], &symbol) == 0 || symbol.dli_sname == nullptr) return false;
+    uint32_t size;
+    memcpy(&size, call[1], sizeof(size));
+    launches.push_back({symbol.dli_sname,
+                        {grid.x, grid.y, grid.z},
+                        threads,
+                        shared_bytes,
+                        std::string(static_cast<const char*>(call[1]), size)});
+    return true;
+}
+
+}  // namespace emulation
+
+extern "C" {
+
+void recorded_clear() { launches.clear(); }
+int recorded_count() { return static_cast<int>(launches.size()); }
+const char* recorded_kernel(int i) { return launches[i].kernel.c_str(); }
+
+// Grid, threads, bytes of shared memory, bytes of the parameters.
+void recorded_sizes(int i, unsigned* sizes) {
+    const Launch& launch = launches[i];
+    memcpy(sizes, launch.grid, sizeof(launch.grid));
+    sizes[3] = launch.threads;
+    sizes[4] = launch.shared_bytes;
+    sizes[5] = static_cast<unsigned>(launch.params.size());
+}
+
+const char* recorded_params(int i) { return launches[i].params.data(); }
+}
