@@ -5,6 +5,6 @@
 does, which has our own launchers say what they would start.
 """
 
-from ptx import arithmetic, matrices, transfers
+from ptx import arithmetic, barriers, matrices, products, transfers
 
-__all__ = ["arithmetic", "matrices", "transfers"]
+__all__ = ["arithmetic", "barriers", "matrices", "products", "transfers"]

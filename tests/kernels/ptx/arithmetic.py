@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ptx.machine import DTYPES, Action, Group, Machine, instruction
-from ptx.memory import FaultError
+from ptx.memory import GENERIC, FaultError
 from ptx.order import Array
 from ptx.program import WIDTHS, Immediate, Instruction, PtxError, Vector
 
@@ -197,8 +197,10 @@ def move(machine: Machine, said: Instruction) -> Action:
 
 @instruction("cvta")
 def to_space(machine: Machine, said: Instruction) -> Action:
-    """Generic addresses of global memory and of parameters are the same numbers."""
-    if said.opcode not in ("cvta.to.global.u64", "cvta.global.u64", "cvta.param.u64", "cvta.to.param.u64"):
+    """Generic addresses of global memory are the same numbers, those of parameters are others."""
+    if said.opcode == "cvta.param.u64":
+        return simple(machine, said, "u64", lambda x: x + np.uint64(GENERIC))
+    if said.opcode not in ("cvta.to.global.u64", "cvta.global.u64"):
         raise unknown(said)
     return simple(machine, said, "u64", lambda x: x)
 

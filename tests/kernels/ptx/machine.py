@@ -32,6 +32,8 @@ DTYPES = {"pred": np.bool_, "u8": np.uint8, "b8": np.uint8, "s8": np.int8, "u16"
           "s16": np.int16, "bf16": np.uint16, "u32": np.uint32, "b32": np.uint32, "s32": np.int32, "f32": np.float32,
           "u64": np.uint64, "b64": np.uint64, "s64": np.int64, "f64": np.float64}  # fmt: skip
 LANES_AT_ONCE = 4096
+MAX_STEPS = 300_000  # of one machine: our kernels need 30,000 at most
+NUM_AGENTS = 32  # barriers that count bytes, of a block
 
 Action = Callable[["Group"], None]
 Decoder = Callable[["Machine", Instruction], Action]
@@ -66,6 +68,16 @@ class Group:
 
 
 @dataclass(frozen=True)
+class TensorMap:
+    """A tensor of bf16 in global memory, its fastest axis first, and the box that a copy moves; swizzled by 128 bytes."""
+
+    address: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+    box: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Launch:
     """What a launcher starts: `params` holds the bytes of each parameter."""
 
@@ -74,7 +86,7 @@ class Launch:
     threads: int
     shared_bytes: int
     params: list[bytes]
-    maps: dict[int, object] = field(default_factory=dict)  # number of a parameter -> the tensor map that it is
+    maps: dict[int, TensorMap] = field(default_factory=dict)  # offset in the first parameter -> what lies there
 
 
 @dataclass
@@ -132,11 +144,12 @@ class Machine:
         self.params = ParamMemory([(name, data) for (name, _), data in zip(kernel.params, launch.params, strict=True)])
         self.symbols, shared_bytes = self._place_variables(launch.shared_bytes)
         is_hopper = module.target >= "sm_90"
-        self.order = Order(len(blocks), self.threads, 48 if is_hopper else 0)
+        self.order = Order(len(blocks), self.threads, NUM_AGENTS if is_hopper else 0)
         self.shared = SharedMemory(shared_bytes, len(blocks), self.order, self.lane_blocks)
         self.registers = [np.zeros(self.num_lanes, DTYPES[kind]) for _, kind in kernel.registers]
         everyone = np.ones(self.num_lanes, bool)
         # Registers, and the lanes that must not read them, or neither read nor write, or not write. Never in place.
+        self.changed: list[Array] | None = None  # at which step each register was written, if somebody asks for it
         self.undefined: dict[int, Array] = dict.fromkeys(range(len(self.registers)), everyone)
         self.in_flight: dict[int, Array] = {}
         self.held: dict[int, Array] = {}
@@ -150,7 +163,8 @@ class Machine:
         self.progress: list[Callable[[], bool]] = []  # what can complete when all threads wait
         self.end = len(kernel.instructions)
         self.current: tuple[list[int], list[int]] = ([], [])
-        self.steps = [self._decode(x) for x in kernel.instructions]
+        self.decoding = 0  # the number of the instruction that is being decoded
+        self.steps = [self._decode(i, x) for i, x in enumerate(kernel.instructions)]
         self.segment_end = self._segments()
 
     # ---- decoding
@@ -200,8 +214,8 @@ class Machine:
             raise PtxError(f"{operand} as an address")
         return self.read_lanes(operand.base, kind), operand.offset
 
-    def _decode(self, said: Instruction) -> Step:
-        self.current = ([], [])
+    def _decode(self, number: int, said: Instruction) -> Step:
+        self.current, self.decoding = ([], []), number
         decoder = INSTRUCTIONS.get(said.opcode.partition(".")[0])
         if decoder is None:
             raise PtxError(f"an instruction that is not known here: {said}")
@@ -248,15 +262,17 @@ class Machine:
 
     def run(self) -> None:
         with np.errstate(all="ignore"):
-            while True:
+            while self.step < MAX_STEPS:
                 ready = ~self.waits & (self.pc < self.end)
                 if ready.any():
                     at = int(self.pc[ready].min())
                     self._run_segment(at, ready & (self.pc == at))
                 elif (self.pc == self.end).all():
                     break
-                elif not any([complete() for complete in self.progress]):
+                elif not any(complete() for complete in self.progress):
                     raise PtxError(self._deadlock())
+            else:
+                raise PtxError(f"no end after {MAX_STEPS} instructions: {self.kernel.instructions[at]}")
             for check_end in self.at_end:
                 try:
                     check_end()
@@ -287,6 +303,8 @@ class Machine:
         except FaultError as fault:
             raise PtxError(f"{fault}\n  {step.instruction}{self._thread(fault.lane)}") from fault
         for register in step.targets:
+            if self.changed is not None:
+                np.copyto(self.changed[register], self.step, where=group.mask)
             missing = self.undefined.get(register)
             if missing is not None:
                 still = missing & ~group.mask

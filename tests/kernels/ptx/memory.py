@@ -16,6 +16,8 @@ from ptx.order import NEVER, UNWRITTEN, Array, Order
 WORD = 4
 PARAMS_BASE = 0x10_0000_0000
 PARAM_STRIDE = 0x1_0000
+GENERIC = 0x4000_0000_0000_0000
+"""Added to the address of a parameter, it is its generic address."""
 
 
 class FaultError(Exception):
@@ -130,7 +132,7 @@ class SharedMemory:
         self.data = np.full(num_words, 0xFFFFFFFF, np.uint32)  # NaN, as bf16 and as fp32
         self.writer = np.zeros(num_words, np.int16)  # the column of Order that wrote last
         self.written = np.full(num_words, UNWRITTEN)  # at which step; NEVER while a copy is under way
-        self.read = np.full((num_words, order.num_warps + order.num_agents), UNWRITTEN)  # the last steps of readers
+        self.read = np.full((num_words, order.num_warps), UNWRITTEN)  # at which step, by each warp
         self.being_read = np.zeros(num_words, np.int16)  # by how many asynchronous operations
         self.visible = np.full(num_words, UNWRITTEN)  # to asynchronous readers who know the writer up to this step
 
@@ -169,7 +171,7 @@ class SharedMemory:
         self.written[words] = step
 
     def begin_copy(self, lanes: Array, words: Array) -> None:
-        """A copy to these words is under way, from now until `complete`."""
+        """A copy to these words is under way, from now until `complete`; or they become a barrier, for ever."""
         self.check_free(lanes, words)
         self.data[words] = 0xFFFFFFFF
         self.writer[words] = self.order.own[lanes, None]
@@ -182,7 +184,7 @@ class SharedMemory:
             check(written >= 0, lanes, "reads shared memory that nobody has written")
         known = self.order.known[lanes[:, None], self.writer[words]]
         if not (known >= written).all():
-            check(written != NEVER, lanes, "reads shared memory to which a copy is under way")
+            check(written != NEVER, lanes, "reads shared memory to which a copy is under way, or a barrier")
             check(known >= written, lanes, self._race("reads what", lanes, words, known < written, "wrote"))
 
     def check_free(self, lanes: Array, words: Array) -> None:
@@ -190,7 +192,7 @@ class SharedMemory:
         written = self.written[words]
         known = self.order.known[lanes[:, None], self.writer[words]]
         if not (known >= written).all():
-            check(written != NEVER, lanes, "writes shared memory to which a copy is under way")
+            check(written != NEVER, lanes, "writes shared memory to which a copy is under way, or a barrier")
             check(known >= written, lanes, self._race("overwrites what", lanes, words, known < written, "wrote"))
         if self.being_read.any():
             check(self.being_read[words] == 0, lanes, "writes shared memory that is being read asynchronously")
@@ -199,6 +201,33 @@ class SharedMemory:
         if not known_readers.all():
             # A thread may overwrite what it alone has read: then no other warp has, and its own warp only now.
             check(known_readers.all(axis=2), lanes, "overwrites what others may still be reading, without a barrier between")
+
+    # ---- readers that are not threads: products of a warpgroup, copies to global memory
+
+    def begin_reading(self, lane: int, words: Array) -> Array:
+        """An operation that a thread has started reads these words, [n], until `end_reading`. Gives what they hold."""
+        lanes, places = np.array([lane]), words.reshape(1, -1)
+        self.check_written(lanes, places)
+        visible = self.order.known[lane, self.writer[words]] >= self.visible[words]
+        check(visible.reshape(1, -1), lanes, "asynchronous reader of what a store wrote, without a proxy fence between")
+        self.being_read[words] += 1
+        return self.data[words]
+
+    def end_reading(self, words: Array) -> None:
+        self.being_read[words] -= 1
+
+    def note_read(self, lane: int, words: Array, step: int) -> None:
+        """An operation of a thread's warp has read these words; the thread knows that it has."""
+        self.read[words, self.order.own[lane] // 32] = step
+
+    def publish(self, lanes: Array, step: int) -> None:
+        """What these threads of one block have stored may from now on be read by asynchronous readers."""
+        begin = int(self.first_word[lanes[0]])
+        part = slice(begin, begin + self.stride)
+        is_theirs = np.zeros(self.order.threads + self.order.num_agents, bool)
+        is_theirs[self.order.own[lanes]] = True
+        hidden = (self.visible[part] == NEVER) & (self.written[part] != NEVER) & is_theirs[self.writer[part]]
+        self.visible[part][hidden] = step
 
     def _race(self, what: str, lanes: Array, words: Array, bad: Array, did: str) -> str:
         lane, word = np.argwhere(bad)[0]

@@ -2,7 +2,7 @@
 
 Every instruction that is run has a number, the step. known[lane, u] is the last step of thread u of the same block of
 which `lane` may see the effects: barriers and arrivals make it grow, the mere passing of time does not. Agents are
-further columns: they stand for what completes without a thread, a warpgroup's products or the copies of a barrier.
+further columns: they stand for what completes without a thread, the copies that one barrier counts.
 
 A lane is a thread of any block of the grid; all lanes of a block follow each other.
 """
@@ -33,8 +33,8 @@ class Order:
         lanes = np.arange(num_blocks * threads)
         self.known = np.full((len(lanes), threads + num_agents), UNWRITTEN, np.int32)
         self.known[lanes, self.own] = OWN
-        # The same for readers, who are noted by warp: what is known of all threads of a warp, then of agents.
-        self.known_of_readers = np.full((len(lanes), self.num_warps + num_agents), UNWRITTEN, np.int32)
+        # The same for readers, who are noted by warp: what is known of all threads of a warp.
+        self.known_of_readers = np.full((len(lanes), self.num_warps), UNWRITTEN, np.int32)
 
     def published(self, lanes: Array, step: int) -> Array:
         """What the lanes know together, themselves up to `step` included: [threads + agents]."""
@@ -60,15 +60,8 @@ class Order:
         best = rows.reshape(-1, 32, rows.shape[1]).max(axis=1)
         self.learn(lanes, np.repeat(best, 32, axis=0))
 
-    def learn_of_agent(self, lanes: Array, agent: int | Array, step: int) -> None:
-        """The lanes see what the agent has done up to `step`."""
-        at = self.threads + agent
-        self.known[lanes, at] = np.maximum(self.known[lanes, at], step)
-        self._update_readers(lanes)
-
     def _update_readers(self, lanes: Array) -> None:
         threads = self.known[lanes, : self.threads]
         if self.threads % 32:
             threads = np.pad(threads, ((0, 0), (0, -self.threads % 32)), constant_values=OWN)
-        self.known_of_readers[lanes, : self.num_warps] = threads.reshape(len(lanes), self.num_warps, 32).min(axis=2)
-        self.known_of_readers[lanes, self.num_warps :] = self.known[lanes, self.threads :]
+        self.known_of_readers[lanes] = threads.reshape(len(lanes), self.num_warps, 32).min(axis=2)

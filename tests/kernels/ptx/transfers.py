@@ -133,8 +133,8 @@ def _queue(machine: Machine) -> CopyQueue:
     return found
 
 
-@instruction("cp")
 def copy_async(machine: Machine, said: Instruction) -> Action:
+    """The instructions that begin with cp.async, but for those that move boxes."""
     queue = _queue(machine)
     if said.opcode == "cp.async.commit_group":
 
