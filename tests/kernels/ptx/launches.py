@@ -19,20 +19,38 @@ import numpy as np
 import torch
 from emulation import CSRC, FLAGS, attention_params, kernel_sources, run_command, set_tensors
 from nvcc import compile_cuda
-from ptx.machine import Launch, run_launch
+from ptx.machine import Launch, TensorMap, run_launch
 from ptx.memory import GlobalMemory
 from ptx.program import Module, parse
 
 from megatron_ledom.ops.mask import AttentionMask
 
+MAP_BYTES, NUM_MAPS = 128, 4  # of CUtensorMap; of ForwardSm90aParams
 RECORDER = Path(__file__).parent / "recorded_launches.cpp"
 
 
-def ptx_of(source: Path, folder: Path, architecture: str = "80") -> str:
+def ptx_of(source: Path, folder: Path) -> str:
     """What nvcc writes for a `.cu` file, with the lines that it comes from."""
     made = folder / f"{source.stem}.ptx"
+    architecture = "90a" if "sm90a" in source.stem else "80"
     compile_cuda(source, made, "-ptx", f"-arch=compute_{architecture}", "-lineinfo")
     return made.read_text(encoding="utf-8")
+
+
+class EmulatedMap(ctypes.Structure):
+    """A tensor map as the emulation has it; it takes as much room as CUDA's."""
+
+    _fields_ = [("data", ctypes.c_uint64), ("sizes", ctypes.c_int64 * 4), ("strides", ctypes.c_int64 * 4),
+                ("box", ctypes.c_int32 * 2)]  # fmt: skip
+
+
+def maps_of(kernel: str, params: bytes) -> dict[int, TensorMap]:
+    """The tensor maps at the beginning of a kernel's parameters: offset -> map."""
+    found = {}
+    for offset in range(0, MAP_BYTES * NUM_MAPS, MAP_BYTES) if "sm90a" in kernel else ():
+        said = EmulatedMap.from_buffer_copy(params, offset)
+        found[offset] = TensorMap(said.data, tuple(said.sizes), tuple(said.strides), (*said.box, 1, 1))
+    return found
 
 
 @dataclass
@@ -41,13 +59,15 @@ class Launcher:
 
     library: ctypes.CDLL
 
-    def launches(self, function: str, params: ctypes.Structure) -> list[Launch]:
+    def launches(self, function: str, params: ctypes.Structure, modules: Sequence[Module]) -> list[Launch]:
         """What a function of the C interface would start.
 
         Raises:
-            ValueError: it refused its arguments.
+            ValueError: it refused its arguments, or wants to start a kernel of another module.
         """
         self.library.recorded_clear()
+        for kernel in (k for module in modules for k in module.kernels.values()):
+            self.library.recorded_expect(kernel.name.encode(), sum(size for _, size in kernel.params))
         status = getattr(self.library, function)(ctypes.byref(params))
         if status:
             raise ValueError(f"{function} returns {status}")
@@ -58,7 +78,8 @@ class Launcher:
         self.library.recorded_sizes(number, sizes)
         x, y, z, threads, shared_bytes, num_bytes = sizes
         data = ctypes.string_at(self.library.recorded_params(number), num_bytes)
-        return Launch(self.library.recorded_kernel(number).decode(), (x, y, z), threads, shared_bytes, [data])
+        kernel = self.library.recorded_kernel(number).decode()
+        return Launch(kernel, (x, y, z), threads, shared_bytes, [data], maps_of(kernel, data))
 
 
 def build_launcher(folder: Path, sources: Sequence[Path]) -> Launcher:
@@ -85,12 +106,17 @@ class Interpreter:
     instructions: int = field(default=0)  # run so far, each for many threads
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: AttentionMask,
+        function: str = "ledom_attention_forward_cuda",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The output [B, S, H, D] and the rows' logarithms [B, H, S]."""
         o = torch.full_like(q, math.nan)
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), math.nan)
-        self._call("ledom_attention_forward_cuda", mask, {"q": q, "k": k, "v": v}, {"o": o, "lse": lse})
+        self._call(function, mask, {"q": q, "k": k, "v": v}, {"o": o, "lse": lse})
         return o, lse
 
     def backward(
@@ -125,7 +151,7 @@ class Interpreter:
                 size = 4 * params.batch * params.seq
                 data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
                 memory.add(name, address, data, False)
-        for launch in self.launcher.launches(function, params):
+        for launch in self.launcher.launches(function, params, self.modules):
             module = next(m for m in self.modules if launch.kernel in m.kernels)
             self.instructions += run_launch(module, launch, memory)
 

@@ -134,6 +134,9 @@ class SharedMemory:
         self.written = np.full(num_words, UNWRITTEN)  # at which step; NEVER while a copy is under way
         self.read = np.full((num_words, order.num_warps), UNWRITTEN)  # at which step, by each warp
         self.being_read = np.zeros(num_words, np.int16)  # by how many asynchronous operations
+        self.copier = np.zeros(num_words, np.int16)  # the column of the thread whose copy read last
+        self.copied = np.full(num_words, UNWRITTEN)  # and when it knew of that
+        self.has_asynchronous_readers = False
         self.visible = np.full(num_words, UNWRITTEN)  # to asynchronous readers who know the writer up to this step
 
     def words(self, lanes: Array, addresses: Array, size: int) -> Array:
@@ -194,13 +197,13 @@ class SharedMemory:
         if not (known >= written).all():
             check(written != NEVER, lanes, "writes shared memory to which a copy is under way, or a barrier")
             check(known >= written, lanes, self._race("overwrites what", lanes, words, known < written, "wrote"))
-        if self.being_read.any():
+        if self.has_asynchronous_readers:
             check(self.being_read[words] == 0, lanes, "writes shared memory that is being read asynchronously")
-        read = self.read[words]
-        known_readers = self.order.known_of_readers[lanes][:, None, :] >= read
-        if not known_readers.all():
-            # A thread may overwrite what it alone has read: then no other warp has, and its own warp only now.
-            check(known_readers.all(axis=2), lanes, "overwrites what others may still be reading, without a barrier between")
+            known = self.order.known[lanes[:, None], self.copier[words]] >= self.copied[words]
+            check(known, lanes, "overwrites what a copy may still be reading")
+        known = self.order.known_of_readers[lanes][:, None, :] >= self.read[words]
+        if not known.all():
+            check(known.all(axis=2), lanes, "overwrites what others may still be reading, without a barrier between")
 
     # ---- readers that are not threads: products of a warpgroup, copies to global memory
 
@@ -210,15 +213,20 @@ class SharedMemory:
         self.check_written(lanes, places)
         visible = self.order.known[lane, self.writer[words]] >= self.visible[words]
         check(visible.reshape(1, -1), lanes, "asynchronous reader of what a store wrote, without a proxy fence between")
+        self.has_asynchronous_readers = True
         self.being_read[words] += 1
         return self.data[words]
 
     def end_reading(self, words: Array) -> None:
         self.being_read[words] -= 1
 
-    def note_read(self, lane: int, words: Array, step: int) -> None:
-        """An operation of a thread's warp has read these words; the thread knows that it has."""
+    def note_read_by_warp(self, lane: int, words: Array, step: int) -> None:
+        """An operation of the thread's warp has read these words, and all of the warp know that it has."""
         self.read[words, self.order.own[lane] // 32] = step
+
+    def note_read(self, lane: int, words: Array, step: int) -> None:
+        """An operation of the thread has read these words, and the thread knows that it has."""
+        self.copier[words], self.copied[words] = self.order.own[lane], step
 
     def publish(self, lanes: Array, step: int) -> None:
         """What these threads of one block have stored may from now on be read by asynchronous readers."""

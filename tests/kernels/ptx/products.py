@@ -78,12 +78,13 @@ class Products:
         machine = self.machine
         for warp in np.unique(group.lanes // 32):
             groups = self.groups[warp]
-            due, self.groups[warp] = groups[: len(groups) - 1 - keep], groups[max(0, len(groups) - 1 - keep) :]
+            num_due = max(0, len(groups) - 1 - keep)
+            due, self.groups[warp] = groups[:num_due], groups[num_due:]
             lanes = np.arange(warp * 32, warp * 32 + 32)
             left = [x for g in self.groups[warp] for x in g]
             for product in (x for g in due for x in g):
                 product.warps_left.remove(int(warp))
-                machine.shared.note_read(int(lanes[0]), product.words, machine.step)
+                machine.shared.note_read_by_warp(int(lanes[0]), product.words, machine.step)
                 if not product.warps_left:
                     machine.shared.end_reading(product.words)
                 still = {r for x in left for r in x.accumulators}, {r for x in left for r in x.sources}

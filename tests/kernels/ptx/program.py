@@ -287,9 +287,9 @@ class _Reader:
     def _operand(self, text: str) -> Operand:
         if text.startswith("["):
             base, *coordinates = _split(text[1:-1], ",")
-            name, sign, offset = (x.strip() for x in re.fullmatch(r"([^+-]*)([+-]?)(.*)", base).groups())  # type: ignore[union-attr]
+            name, plus, offset = base.partition("+")
             more = tuple(self._operand(x) for c in coordinates for x in _split(c.strip("{} "), ","))
-            return Address(self._operand(name), int(sign + offset or "0", 0), more)
+            return Address(self._operand(name.strip()), int(offset, 0) if plus else 0, more)
         if text.startswith("{"):
             return Vector(tuple(self._operand(x) for x in _split(text[1:-1], ",")))
         if "|" in text:

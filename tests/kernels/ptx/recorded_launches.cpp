@@ -1,8 +1,10 @@
 // Stands in for the emulation's grid: notes what a launcher would start, and starts nothing. Compiled together with
-// the product's `.cu` files, whose kernels keep the names that they have in the PTX.
+// the product's `.cu` files, whose kernels keep the names that they have in the PTX. How many bytes of parameters each
+// kernel takes is what the PTX says.
 #include <dlfcn.h>
 
 #include <cstring>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -17,23 +19,24 @@ struct Launch {
 };
 
 std::vector<Launch> launches;
+std::map<std::string, size_t> sizes_of_params;
 
 }  // namespace
 
 namespace emulation {
 
-// `argument` begins with the kernel and the address of its parameters (launch.h), which begin with their size.
+// `argument` begins with the kernel and the address of its parameters (launch.h).
 bool run_grid(Index3 grid, unsigned threads, unsigned shared_bytes, void (*)(const void*), const void* argument) {
     const void* const* call = static_cast<const void* const*>(argument);
     Dl_info symbol;
     if (dladdr(call[0], &symbol) == 0 || symbol.dli_sname == nullptr) return false;
-    uint32_t size;
-    memcpy(&size, call[1], sizeof(size));
+    const auto size = sizes_of_params.find(symbol.dli_sname);
+    if (size == sizes_of_params.end()) return false;
     launches.push_back({symbol.dli_sname,
                         {grid.x, grid.y, grid.z},
                         threads,
                         shared_bytes,
-                        std::string(static_cast<const char*>(call[1]), size)});
+                        std::string(static_cast<const char*>(call[1]), size->second)});
     return true;
 }
 
@@ -41,6 +44,7 @@ bool run_grid(Index3 grid, unsigned threads, unsigned shared_bytes, void (*)(con
 
 extern "C" {
 
+void recorded_expect(const char* kernel, unsigned bytes) { sizes_of_params[kernel] = bytes; }
 void recorded_clear() { launches.clear(); }
 int recorded_count() { return static_cast<int>(launches.size()); }
 const char* recorded_kernel(int i) { return launches[i].kernel.c_str(); }
