@@ -83,7 +83,18 @@ unsigned shared_bytes();
 // Is this the synchronisation that was taken out? (It also notes that the line was reached.)
 bool is_removed(const Site& site);
 
-enum class Collective { kShuffle, kLoadMatrices, kLoadMatricesTransposed, kMultiply, kBarrier };
+enum class Collective {
+    kShuffle,
+    kLoadMatrices,
+    kLoadMatricesTransposed,
+    kMultiply,
+    kBarrier,
+    // Of a warpgroup's products, sm90a.h: each warp does its own rows.
+    kBeginProducts,
+    kStartProduct,
+    kCommitProducts,
+    kWaitForProducts,
+};
 
 // All lanes of a warp, at one line: `in` and `out` of each lane are the operation's, below.
 void wait_for_warp(const Site& site, Collective operation, const void* in, void* out);
@@ -128,6 +139,9 @@ inline char* shared_at(uint32_t address, unsigned bytes, const Site& site) {
     }
     return shared_memory() + address;
 }
+
+// An ordinary store to shared memory (sm90a.h: what reads there without knowing of it).
+void note_store(const Site& site, uint32_t address, int bytes);
 
 // Words, not memcpy: a sanitizer then names the line.
 inline void carry_out(const Copy& copy) {

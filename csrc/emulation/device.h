@@ -45,6 +45,7 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 }
 
 inline void store_shared_4(uint32_t to, uint32_t value, LEDOM_CALLER) {
+    ::emulation::note_store(LEDOM_SITE("store_shared_4"), to, 4);
     *reinterpret_cast<uint32_t*>(::emulation::shared_at(to, 4, LEDOM_SITE("store_shared_4"))) = value;
 }
 

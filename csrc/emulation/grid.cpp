@@ -116,10 +116,6 @@ const char* base_name(const char* path) {
     return slash ? slash + 1 : path;
 }
 
-std::string words(const Site& site) {
-    return std::string(site.what) + " at " + base_name(site.file) + ":" + std::to_string(site.line);
-}
-
 bool is_same(const Site& a, const Site& b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
 
 void add_site(std::vector<Site>* sites, const Site& site) {
@@ -130,6 +126,9 @@ void add_site(std::vector<Site>* sites, const Site& site) {
 }
 
 Thread* next_thread() {
+    if (options.completion == Completion::kRandom && block->draw(8) == 0) finish_one_copy();
+    while (block->ready.size() == 0 && finish_one_copy()) {
+    }
     if (block->ready.size() == 0) return nullptr;
     if (options.order == Order::kFirst) return block->ready.take_first();
     if (options.order == Order::kRandom) block->ready.make_last(block->draw(block->ready.size()));
@@ -179,6 +178,11 @@ void run_thread() {
     size_t pending = 0;
     for (const auto& group : current->groups) pending += group.size();
     if (pending != 0) fail("the thread ends while %zu of its copies are under way", pending);
+    check_boxes_of_thread();
+    if (block->running == 1) {
+        check_boxes_of_block();
+        check_products_of_block();
+    }
     publish(&block->begin_and_end);
     current->is_done = true;
     --block->running;
@@ -200,6 +204,8 @@ void begin_block(uint64_t number, char* stacks) {
     block->random = (options.seed + number) * 0x9E3779B97F4A7C15ull | 1;
     block->running = num_threads;
     memset(block->shared, 0xff, grid.shared_bytes);
+    begin_boxes(num_threads);
+    begin_products_of_block(num_threads);
     publish(&block->begin_and_end);
     for (unsigned i = 0; i < num_threads; ++i) {
         Thread& thread = block->threads[i];
@@ -246,6 +252,17 @@ void run_blocks(std::atomic<uint64_t>* next_block) {
 }
 
 }  // namespace
+
+unsigned current_thread() { return current->index.x; }
+void suspend(const Site& site) { wait_at(site); }
+void wake(unsigned thread) { block->ready.add(&block->threads[thread]); }
+uint64_t draw(uint64_t below) { return block->draw(below); }
+Completion completion() { return options.completion; }
+Counts* counts_of_block() { return &block->counts; }
+
+std::string words(const Site& site) {
+    return std::string(site.what) + " at " + base_name(site.file) + ":" + std::to_string(site.line);
+}
 
 void configure(const Options& wanted) {
     options = wanted;

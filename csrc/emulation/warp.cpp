@@ -87,6 +87,15 @@ void compute(Collective operation, const Lane* lanes, Counts* counts) {
             return multiply(lanes);
         case Collective::kBarrier:
             return;
+        case Collective::kBeginProducts:
+            return begin_products(lanes);
+        case Collective::kStartProduct:
+            ++counts->products;
+            return start_product(lanes);
+        case Collective::kCommitProducts:
+            return commit_products(lanes);
+        case Collective::kWaitForProducts:
+            return wait_for_products(lanes);
     }
 }
 

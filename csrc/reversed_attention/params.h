@@ -110,6 +110,10 @@ int ledom_rope_cpu(const ledom_rope_params* params);
 int ledom_attention_forward_cuda(const ledom_attention_params* params);
 int ledom_attention_backward_cuda(const ledom_attention_params* params);
 
+// The same forward for compute capability 9.0 (H100, H200): elsewhere, and where the driver makes no tensor map of these
+// strides, LEDOM_NOT_SUPPORTED.
+int ledom_attention_forward_sm90a(const ledom_attention_params* params);
+
 #ifdef __cplusplus
 }
 #endif

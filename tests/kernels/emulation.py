@@ -22,7 +22,7 @@ from megatron_ledom.testing import REPOSITORY
 
 CSRC = REPOSITORY / "csrc"
 KERNELS = CSRC / "reversed_attention/cuda"
-MACHINERY = ("fiber", "grid", "warp", "entry")
+MACHINERY = ("fiber", "grid", "warp", "boxes", "products", "entry")
 FLAGS = ("-std=c++17", "-fPIC", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", f"-I{CSRC}")
 CUDA_ERROR = 1000
 
@@ -112,7 +112,13 @@ class Emulation:
             self.synchronisations.add((file, int(number)))
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask, run: Run
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: AttentionMask,
+        run: Run,
+        function: str = "ledom_attention_forward_cuda",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The output [B, S, H, D] and the rows' logarithms [B, H, S]."""
         o = torch.full_like(q, math.nan)
@@ -120,7 +126,7 @@ class Emulation:
         params = attention_params(q, k, mask)
         set_tensors(params, q=q, k=k, v=v, o=o)
         params.lse = lse.data_ptr()
-        self.call("ledom_attention_forward_cuda", params, run)
+        self.call(function, params, run)
         return o, lse
 
     def backward(
