@@ -7,10 +7,17 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "reversed_attention/mask.h"
 #include "reversed_attention/params.h"
+
+// What setup.py says of the CUDA kernels: the compiler, and the SHA-256 of their sources and flags.
+#if !defined(LEDOM_CUDA_COMPILER)
+#define LEDOM_CUDA_COMPILER ""
+#define LEDOM_CUDA_SOURCE_HASH ""
+#endif
 
 namespace py = pybind11;
 
@@ -28,6 +35,10 @@ T* pointer(int64_t address) {
 
 void raise_unless_ok(int status) {
     if (status == LEDOM_OUT_OF_MEMORY) throw std::bad_alloc();
+    if (status >= LEDOM_CUDA_ERROR) {
+        throw std::runtime_error("CUDA error " + std::to_string(status - LEDOM_CUDA_ERROR) + ": " +
+                                 ledom_cuda_error_text(status));
+    }
     if (status != LEDOM_OK) throw std::invalid_argument(ledom_status_text(status));
 }
 
@@ -40,7 +51,9 @@ struct Call {
     std::array<int32_t, 2> reach;
     std::array<int64_t, 2> documents;
     float scale;
-    int num_threads;
+    int num_threads;  // CPU
+    int device;       // CUDA
+    int64_t stream;   // CUDA
 };
 
 ledom_attention_params params_of(const Call& call) {
@@ -59,26 +72,44 @@ ledom_attention_params params_of(const Call& call) {
     p.doc_last = pointer<int32_t>(call.documents[1]);
     p.scale = call.scale;
     p.num_threads = call.num_threads;
+    p.device = call.device;
+    p.stream = pointer<void>(call.stream);
     return p;
 }
 
-void forward_cpu(const Call& call, const std::vector<Tensor>& qkvo, int64_t lse, const std::string& path) {
+template <typename Kernel>
+void run(const Kernel& kernel, const ledom_attention_params& params) {
+    int status;
+    {
+        const py::gil_scoped_release release;
+        status = kernel(&params);
+    }
+    raise_unless_ok(status);
+}
+
+const ledom_cuda_variant* find_variant(const std::string& name) {
+    int count;
+    const ledom_cuda_variant* all = ledom_cuda_variants(&count);
+    for (int i = 0; i < count; ++i) {
+        if (name == all[i].name) return &all[i];
+    }
+    return nullptr;
+}
+
+// `path` is one of the CPU's, or a CUDA variant.
+void forward(const Call& call, const std::vector<Tensor>& qkvo, int64_t lse, const std::string& path) {
     ledom_attention_params p = params_of(call);
     p.q = tensor_of(qkvo.at(0));
     p.k = tensor_of(qkvo.at(1));
     p.v = tensor_of(qkvo.at(2));
     p.o = tensor_of(qkvo.at(3));
     p.lse = pointer<float>(lse);
-    int status;
-    {
-        const py::gil_scoped_release release;
-        status = ledom_attention_forward_cpu(&p, path.c_str());
-    }
-    raise_unless_ok(status);
+    if (const ledom_cuda_variant* variant = find_variant(path)) return run(variant->forward, p);
+    run([&](const ledom_attention_params* q) { return ledom_attention_forward_cpu(q, path.c_str()); }, p);
 }
 
-void backward_cpu(const Call& call, const std::vector<Tensor>& qkvo, int64_t lse, const std::vector<Tensor>& gradients,
-                  int64_t delta, const std::string& path) {
+void backward(const Call& call, const std::vector<Tensor>& qkvo, int64_t lse, const std::vector<Tensor>& gradients,
+              int64_t delta, const std::string& path) {
     ledom_attention_params p = params_of(call);
     p.q = tensor_of(qkvo.at(0));
     p.k = tensor_of(qkvo.at(1));
@@ -90,16 +121,12 @@ void backward_cpu(const Call& call, const std::vector<Tensor>& qkvo, int64_t lse
     p.d_k = tensor_of(gradients.at(2));
     p.d_v = tensor_of(gradients.at(3));
     p.delta = pointer<float>(delta);
-    int status;
-    {
-        const py::gil_scoped_release release;
-        status = ledom_attention_backward_cpu(&p, path.c_str());
-    }
-    raise_unless_ok(status);
+    if (const ledom_cuda_variant* variant = find_variant(path)) return run(variant->backward, p);
+    run([&](const ledom_attention_params* q) { return ledom_attention_backward_cpu(q, path.c_str()); }, p);
 }
 
-void rope_cpu(const Call& call, const Tensor& x, const Tensor& y, int rotary_dim, bool interleaved, bool from_end,
-              bool inverse, std::array<int64_t, 2> tables, int num_positions) {
+void rope(const Call& call, const Tensor& x, const Tensor& y, int rotary_dim, bool interleaved, bool from_end,
+          bool inverse, std::array<int64_t, 2> tables, int num_positions, bool is_cuda) {
     ledom_rope_params p = {};
     p.struct_size = sizeof p;
     p.version = LEDOM_ABI_VERSION;
@@ -120,12 +147,30 @@ void rope_cpu(const Call& call, const Tensor& x, const Tensor& y, int rotary_dim
     p.x = tensor_of(x);
     p.y = tensor_of(y);
     p.num_threads = call.num_threads;
+    p.device = call.device;
+    p.stream = pointer<void>(call.stream);
     int status;
     {
         const py::gil_scoped_release release;
-        status = ledom_rope_cpu(&p);
+        status = is_cuda ? ledom_rope_cuda(&p) : ledom_rope_cpu(&p);
     }
     raise_unless_ok(status);
+}
+
+// name, least and most capability
+std::vector<std::tuple<std::string, int, int>> cuda_variants() {
+    int count;
+    const ledom_cuda_variant* all = ledom_cuda_variants(&count);
+    std::vector<std::tuple<std::string, int, int>> found;
+    for (int i = 0; i < count; ++i) found.emplace_back(all[i].name, all[i].least_capability, all[i].most_capability);
+    return found;
+}
+
+// of the runtime, of the driver
+std::array<int, 2> cuda_versions() {
+    int runtime, driver;
+    ledom_cuda_versions(&runtime, &driver);
+    return {runtime, driver};
 }
 
 // For tests: what mask.h says, in numbers that Python can compare with its own definition.
@@ -163,13 +208,18 @@ py::tuple tiles(int32_t seq, std::array<int32_t, 2> reach, const std::vector<int
 
 PYBIND11_MODULE(_kernels, m) {
     m.doc() = "The kernels of csrc/, without torch.";
-    py::class_<Call>(m, "Call").def(py::init<int, Sizes, std::array<int32_t, 2>, std::array<int64_t, 2>, float, int>());
+    py::class_<Call>(m, "Call")
+        .def(py::init<int, Sizes, std::array<int32_t, 2>, std::array<int64_t, 2>, float, int, int, int64_t>());
     m.def("abi_version", [] { return LEDOM_ABI_VERSION; });
     m.def("cpu_paths", [] { return std::string(ledom_cpu_paths()); });
     m.def("compiler", [] { return std::string(__VERSION__); });
-    m.def("attention_forward_cpu", &forward_cpu);
-    m.def("attention_backward_cpu", &backward_cpu);
-    m.def("rope_cpu", &rope_cpu);
+    m.def("cuda_variants", &cuda_variants);
+    m.def("cuda_versions", &cuda_versions);
+    m.def("cuda_compiler", [] { return std::string(LEDOM_CUDA_COMPILER); });
+    m.def("cuda_source_hash", [] { return std::string(LEDOM_CUDA_SOURCE_HASH); });
+    m.def("attention_forward", &forward);
+    m.def("attention_backward", &backward);
+    m.def("rope", &rope);
     m.def("attended", &attended);
     m.def("tiles", &tiles);
 }

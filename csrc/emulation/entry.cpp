@@ -1,4 +1,6 @@
 // The C face of the emulation, for tests that load it with ctypes beside the C interface of the kernels.
+#include <string>
+
 #include "emulation/cuda.h"
 
 extern "C" {
@@ -12,7 +14,9 @@ void ledom_emulation_configure(int order, int completion, uint64_t seed, int wor
     options.completion = static_cast<emulation::Completion>(completion);
     options.seed = seed;
     options.workers = workers;
-    options.removed_file = removed_file;
+    static std::string kept;  // the caller's text need not outlive this call
+    kept = removed_file == nullptr ? "" : removed_file;
+    options.removed_file = removed_file == nullptr ? nullptr : kept.c_str();
     options.removed_line = removed_file == nullptr ? 0 : removed_line;
     emulation::configure(options);
 }

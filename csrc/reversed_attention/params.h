@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define LEDOM_ABI_VERSION 1u
+#define LEDOM_ABI_VERSION 2u
 
 enum ledom_status {
     LEDOM_OK = 0,
@@ -106,13 +106,35 @@ int ledom_attention_backward_cpu(const ledom_attention_params* params, const cha
 int ledom_rope_cpu(const ledom_rope_params* params);
 
 // For bf16, head_dim 64, 128 or 192, a positive scale and rows aligned to 16 bytes; all pointers are the GPU's. They
-// start work on `stream` of `device` and do not wait for it. Documents are not checked.
+// start work on `stream` of `device` and do not wait for it. Documents are not checked. LEDOM_NOT_BUILT without CUDA.
 int ledom_attention_forward_cuda(const ledom_attention_params* params);
 int ledom_attention_backward_cuda(const ledom_attention_params* params);
 
 // The same forward for compute capability 9.0 (H100, H200): elsewhere, and where the driver makes no tensor map of these
 // strides, LEDOM_NOT_SUPPORTED.
 int ledom_attention_forward_sm90a(const ledom_attention_params* params);
+
+// fp32 and bf16, any alignment; num_positions >= seq.
+int ledom_rope_cuda(const ledom_rope_params* params);
+
+// A set of CUDA attention kernels. A capability is 10 * major + minor.
+typedef struct ledom_cuda_variant {
+    const char* name;
+    int least_capability;
+    int most_capability;
+    int (*forward)(const ledom_attention_params*);
+    int (*backward)(const ledom_attention_params*);
+} ledom_cuda_variant;
+
+// Those of this build, fastest first; none without CUDA.
+const ledom_cuda_variant* ledom_cuda_variants(int* count);
+
+// The linked runtime, and the newest that this machine's driver serves, as 1000 * major + 10 * minor; 0 without CUDA,
+// or without a driver. It starts nothing: a process may still fork.
+void ledom_cuda_versions(int* runtime, int* driver);
+
+// What CUDA says of LEDOM_CUDA_ERROR + n.
+const char* ledom_cuda_error_text(int status);
 
 #ifdef __cplusplus
 }

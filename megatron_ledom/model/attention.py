@@ -24,9 +24,11 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
+from megatron_ledom.log import get_logger
 from megatron_ledom.ops.attention import attention
 from megatron_ledom.ops.kernels import load_kernels
 from megatron_ledom.ops.mask import AttentionMask, Documents, model_order_mask, natural_order_mask
+from megatron_ledom.ops.path import prepare_paths
 from megatron_ledom.ops.rope import rope
 
 MEGATRON, KERNELS, LEDOM = "megatron", "kernels", "ledom"
@@ -40,11 +42,13 @@ class AttentionPlan:
         kind: `MEGATRON`, `KERNELS` or `LEDOM`.
         direction: the model's.
         reason: why this kind, in words.
+        device: "cpu" or "cuda".
     """
 
     kind: str
     direction: Direction
     reason: str
+    device: str = "cpu"
 
     @property
     def is_ours(self) -> bool:
@@ -69,14 +73,14 @@ def plan_attention(args: argparse.Namespace, device: str) -> AttentionPlan:
     """
     direction = Direction(args.direction)
     if args.attention == MEGATRON:
-        return AttentionPlan(MEGATRON, direction, "asked for")
+        return AttentionPlan(MEGATRON, direction, "asked for", device)
     fault = _fault_of_model(args)
     if args.attention == LEDOM:
         if fault:
             raise UsageError(f"--attention ledom: {fault}. Change that, or use --attention auto")
-        return AttentionPlan(LEDOM, direction, "asked for")
+        return AttentionPlan(LEDOM, direction, "asked for", device)
     if device != "cpu":
-        return AttentionPlan(MEGATRON, direction, "the default on CUDA")
+        return AttentionPlan(MEGATRON, direction, "the default on CUDA", device)
     found = load_kernels()
     fault = fault or (found if isinstance(found, str) else None)
     if fault:
@@ -99,6 +103,22 @@ def _fault_of_model(args: argparse.Namespace) -> str | None:
         f"--position-embedding-type {positions}: there are rotary ones or none": positions not in ("rope", "none"),
     }
     return next((fault for fault, is_so in faults.items() if is_so), None)
+
+
+def agree_on_kernels(plan: AttentionPlan, config: Any) -> None:
+    """Let all ranks of a run on GPUs settle together which kernels serve, and say which.
+
+    Collective: every rank calls it while it builds its model, before the first forward pass.
+
+    Args:
+        plan: what computes attention.
+        config: a `TransformerConfig`; its dtype and head size are what is settled.
+    """
+    if plan.device != "cuda" or not plan.is_ours:
+        return
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), config.params_dtype
+    path = prepare_paths(device.index, dtype, config.kv_channels)
+    get_logger(__name__).info("attention kernels on %s: %s (%s)", device, path.name, path.reason)
 
 
 class CoreAttention(torch.nn.Module):

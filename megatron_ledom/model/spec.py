@@ -75,7 +75,7 @@ def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, plan: 
     is_dense = transformer.num_moe_experts is None and not transformer.multi_latent_attention
     if plan is not None and plan.is_ours:
         assert is_plain_layer and is_dense, "planned for dense layers"
-        _put_attention(layer, plan)
+        _put_attention(layer, plan, transformer)
     is_local_rms = transformer.transformer_impl == "local" and transformer.normalization == "RMSNorm"
     if not (is_plain_layer and is_dense and is_local_rms):
         return layer
@@ -85,13 +85,17 @@ def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, plan: 
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-def _put_attention(layer: Any, plan: AttentionPlan) -> None:
-    """Put our core attention, and the self-attention that feeds it, into the specification of a layer."""
+def _put_attention(layer: Any, plan: AttentionPlan, config: Any) -> None:
+    """Put our core attention, and the self-attention that feeds it, into the specification of a layer.
+
+    All ranks build a specification, also those without a layer: here they agree on the kernels.
+    """
     from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from megatron_ledom.model.attention import CoreAttention, SelfAttentionWithAngles
+    from megatron_ledom.model.attention import CoreAttention, SelfAttentionWithAngles, agree_on_kernels
 
+    agree_on_kernels(plan, config)
     part = layer.submodules.self_attention
     assert part.module is SelfAttention, part.module
     part.module = SelfAttentionWithAngles

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 
 from megatron_ledom.errors import UsageError
+from megatron_ledom.ops.conformance import mask_kind
 from megatron_ledom.ops.fallback import torch_attention
-from megatron_ledom.ops.kernels import as_argument, as_documents, kernels, rows_contiguous
+from megatron_ledom.ops.kernels import empty_like_rows, rows_aligned, rows_contiguous
+from megatron_ledom.ops.launch import launch_backward, launch_forward
 from megatron_ledom.ops.mask import AttentionMask, Documents
 from megatron_ledom.ops.path import TORCH, choose_path
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
-"""`enum ledom_dtype` of csrc/reversed_attention/params.h."""
 
 
 def attention(
@@ -53,8 +52,8 @@ def attention(
     """
     _check_shapes(q_BSHD, k_BSGD, v_BSGD, mask)
     scale = 1 / math.sqrt(q_BSHD.shape[3]) if scale is None else scale
-    is_plain = mask.is_plain(q_BSHD.shape[1])
-    chosen = choose_path(q_BSHD.device, q_BSHD.dtype, path, head_dim=q_BSHD.shape[3], is_plain=is_plain)
+    kind = mask_kind(mask, q_BSHD.shape[1])
+    chosen = choose_path(q_BSHD.device, q_BSHD.dtype, path, head_dim=q_BSHD.shape[3], kind=kind)
     if chosen.name == TORCH:
         return torch_attention(q_BSHD, k_BSGD, v_BSGD, mask, scale)
     output, _ = attention_with_lse(q_BSHD, k_BSGD, v_BSGD, mask, scale, chosen.name)
@@ -66,7 +65,8 @@ def attention_with_lse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernels' two results: the output, and the logarithm of each row's sum of exponentials, fp32 [B, H, S].
 
-    `path` is one of `path.CPU_KERNELS`. The logarithm is -inf for a row that attends nothing, and takes no gradient.
+    `path` is one of `path.CPU_KERNELS` or `path.CUDA_KERNELS`; whether it is verified is not asked here. The
+    logarithm is -inf for a row that attends nothing, and takes no gradient.
     """
     first, last = (None, None) if mask.documents is None else (mask.documents.first, mask.documents.last)
     left, right = mask.reach(q_BSHD.shape[1])
@@ -82,23 +82,20 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Atten
             f"attention: q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} must be [B, S, H, D], [B, S, G, D] "
             "and [B, S, G, D], where G divides H"
         )
+    if not q.device == k.device == v.device:
+        raise UsageError(f"attention: q is on {q.device}, k on {k.device}, v on {v.device}")
     if not q.dtype == k.dtype == v.dtype:
         raise UsageError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; give all three one dtype")
     for bounds in () if mask.documents is None else (mask.documents.first, mask.documents.last):
         if bounds.shape != (batch, seq) or bounds.dtype != torch.int32:
             raise UsageError(f"attention: document bounds are {bounds.dtype} {list(bounds.shape)}, not int32 [B, S]")
+        if bounds.device != q.device:
+            raise UsageError(f"attention: document bounds are on {bounds.device}, q on {q.device}")
 
 
-def _call(q: torch.Tensor, k: torch.Tensor, documents: list[int], reach: list[int], scale: float) -> Any:
-    """The arguments that forward and backward share, for the C interface."""
-    batch, seq, heads, head_dim = q.shape
-    sizes = [batch, seq, heads, k.shape[2], head_dim]
-    return kernels().Call(DTYPE_CODES[q.dtype], sizes, reach, documents, scale, torch.get_num_threads())
-
-
-def _document_arguments(first: torch.Tensor | None, last: torch.Tensor | None) -> list[int]:
+def _documents(first: torch.Tensor | None, last: torch.Tensor | None) -> Documents | None:
     assert (first is None) == (last is None)
-    return as_documents(None if first is None or last is None else Documents(first, last))
+    return None if first is None or last is None else Documents(first.contiguous(), last.contiguous())
 
 
 @functools.cache
@@ -110,7 +107,7 @@ def attention_op() -> Any:
     """
     backward_op = attention_backward_op()
 
-    @torch.library.custom_op("ledom::attention", mutates_args=(), device_types="cpu")
+    @torch.library.custom_op("ledom::attention", mutates_args=(), device_types=("cpu", "cuda"))
     def forward(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -122,10 +119,9 @@ def attention_op() -> Any:
         scale: float,
         path: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = (rows_contiguous(x) for x in (q, k, v))
+        q, k, v = (rows_aligned(x) for x in (q, k, v))
         output, lse = empty_results(q)
-        call = _call(q, k, _document_arguments(first, last), [left, right], scale)
-        kernels().attention_forward_cpu(call, [as_argument(x) for x in (q, k, v, output)], lse.data_ptr(), path)
+        launch_forward((q, k, v), output, lse, _documents(first, last), [left, right], scale, path)
         return output, lse
 
     @forward.register_fake
@@ -150,7 +146,7 @@ def attention_op() -> Any:
 def attention_backward_op() -> Any:
     """Register `ledom::attention_backward` at first use and return it: d_q, d_k and d_v, laid out as q, k and v."""
 
-    @torch.library.custom_op("ledom::attention_backward", mutates_args=(), device_types="cpu")
+    @torch.library.custom_op("ledom::attention_backward", mutates_args=(), device_types=("cpu", "cuda"))
     def backward(
         d_output: torch.Tensor,
         q: torch.Tensor,
@@ -165,31 +161,19 @@ def attention_backward_op() -> Any:
         scale: float,
         path: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v, output, d_output = (rows_contiguous(x) for x in (q, k, v, output, d_output))
-        gradients = tuple(empty_like_rows(x) for x in (q, k, v))
-        delta = torch.empty_like(lse)
-        kernels().attention_backward_cpu(
-            _call(q, k, _document_arguments(first, last), [left, right], scale),
-            [as_argument(x) for x in (q, k, v, output)],
-            lse.data_ptr(),
-            [as_argument(x) for x in (d_output, *gradients)],
-            delta.data_ptr(),
-            path,
+        q, k, v, output, d_output = (rows_aligned(x) for x in (q, k, v, output, d_output))
+        d_q, d_k, d_v = (empty_like_rows(x) for x in (q, k, v))
+        launch_backward(
+            *((q, k, v, output), lse, d_output, (d_q, d_k, d_v), torch.empty_like(lse)),
+            *(_documents(first, last), [left, right], scale, path),
         )
-        return gradients
+        return d_q, d_k, d_v
 
     @backward.register_fake
     def fake(d_output: Any, q: Any, k: Any, v: Any, *_: Any) -> Any:
         return tuple(empty_like_rows(rows_contiguous(x)) for x in (q, k, v))
 
     return backward
-
-
-def empty_like_rows(x_BSHD: torch.Tensor) -> torch.Tensor:
-    """An empty tensor like `x`, its axes in memory in the order of x's (so that Megatron's [S, B, H, D] stays one)."""
-    if x_BSHD.stride(0) < x_BSHD.stride(1):
-        return torch.empty_like(x_BSHD.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
-    return torch.empty_like(x_BSHD, memory_format=torch.contiguous_format)
 
 
 def empty_results(q_BSHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -94,3 +94,15 @@ def reference_rope(
         a, b = turned[..., :half], turned[..., half:]
         pairs = torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
     return torch.cat([pairs, rest], dim=-1)
+
+
+def rope_tables(inverse_frequencies: torch.Tensor, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of every position's angles, fp32 [P, R / 2], computed in float64.
+
+    Args:
+        inverse_frequencies: [R / 2], radians a position.
+        num_positions: P, at least the longest document.
+    """
+    position = torch.arange(num_positions, dtype=torch.float64, device=inverse_frequencies.device)
+    angle = torch.outer(position, inverse_frequencies.double())
+    return torch.cos(angle).float(), torch.sin(angle).float()

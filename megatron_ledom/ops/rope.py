@@ -15,23 +15,13 @@ from typing import Any
 import torch
 
 from megatron_ledom.errors import UsageError
-from megatron_ledom.ops.attention import DTYPE_CODES, empty_like_rows
-from megatron_ledom.ops.kernels import as_argument, as_documents, kernels, rows_contiguous
+from megatron_ledom.ops.conformance import Rotation
+from megatron_ledom.ops.fallback import torch_rope
+from megatron_ledom.ops.kernels import empty_like_rows, rows_contiguous
+from megatron_ledom.ops.launch import launch_rope
 from megatron_ledom.ops.mask import Documents
-from megatron_ledom.ops.path import TORCH, choose_path
+from megatron_ledom.ops.path import TORCH, choose_rope_path
 from megatron_ledom.ops.reference import positions
-
-
-def rope_tables(inverse_frequencies: torch.Tensor, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of every position's angles, fp32 [P, R / 2], computed in float64.
-
-    Args:
-        inverse_frequencies: [R / 2], radians a position.
-        num_positions: P, at least the longest document.
-    """
-    position = torch.arange(num_positions, dtype=torch.float64, device=inverse_frequencies.device)
-    angle = torch.outer(position, inverse_frequencies.double())
-    return torch.cos(angle).float(), torch.sin(angle).float()
 
 
 def rope(
@@ -49,7 +39,7 @@ def rope(
 
     Args:
         x_BSHD: queries or keys, any strides.
-        cosines_PR: fp32 [P, R / 2], as `rope_tables` gives them.
+        cosines_PR: fp32 [P, R / 2], as `reference.rope_tables` gives them.
         sines_PR: the same.
         from_end: count positions from the last token of a document instead of its first.
         documents: None: a sequence is one document.
@@ -58,7 +48,7 @@ def rope(
         path: "auto", or one of `path.PATHS`.
 
     Raises:
-        UsageError: tables that are too short or too wide.
+        UsageError: tables that are too short, too wide, or on another device.
     """
     batch, seq, _, head_dim = x_BSHD.shape
     if len(cosines_PR) < seq or 2 * cosines_PR.shape[1] > head_dim or cosines_PR.shape != sines_PR.shape:
@@ -66,31 +56,21 @@ def rope(
             f"rotary tables {list(cosines_PR.shape)} and {list(sines_PR.shape)} do not fit {seq} tokens of head size "
             f"{head_dim}: they are [positions, R / 2], at least {seq} x at most {head_dim // 2}"
         )
-    if choose_path(x_BSHD.device, x_BSHD.dtype, path).name == TORCH:
+    if not cosines_PR.device == sines_PR.device == x_BSHD.device:
+        raise UsageError(f"rotary tables are on {cosines_PR.device} and {sines_PR.device}, x on {x_BSHD.device}")
+    if choose_rope_path(x_BSHD.device, x_BSHD.dtype, path).name == TORCH:
         at = positions(documents, batch, seq, from_end=from_end, device=x_BSHD.device)
-        return _torch_rope(x_BSHD, cosines_PR[at], sines_PR[at], interleaved=interleaved, inverse=inverse)
+        return torch_rope(x_BSHD, cosines_PR[at], sines_PR[at], interleaved=interleaved, inverse=inverse)
     first, last = (None, None) if documents is None else (documents.first, documents.last)
     turned: torch.Tensor = rope_op()(x_BSHD, cosines_PR, sines_PR, first, last, from_end, interleaved, inverse)
     return turned
-
-
-def _torch_rope(
-    x: torch.Tensor, cosines_BSR: torch.Tensor, sines_BSR: torch.Tensor, *, interleaved: bool, inverse: bool
-) -> torch.Tensor:
-    half = cosines_BSR.shape[-1]
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
-    cosine, sine = cosines_BSR[:, :, None], sines_BSR[:, :, None] * (-1 if inverse else 1)
-    pair = a * cosine - b * sine, b * cosine + a * sine
-    joined = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([joined.to(x.dtype), rest], dim=-1)
 
 
 @functools.cache
 def rope_op() -> Any:
     """Register `ledom::rope` at first use and return it; its gradient is itself, turning the other way."""
 
-    @torch.library.custom_op("ledom::rope", mutates_args=(), device_types="cpu")
+    @torch.library.custom_op("ledom::rope", mutates_args=(), device_types=("cpu", "cuda"))
     def turn(
         x: torch.Tensor,
         cosines: torch.Tensor,
@@ -103,17 +83,8 @@ def rope_op() -> Any:
     ) -> torch.Tensor:
         x, cosines, sines = rows_contiguous(x), cosines.contiguous(), sines.contiguous()
         turned = empty_like_rows(x)
-        documents = None if first is None or last is None else Documents(first, last)
-        batch, seq, heads, head_dim = x.shape
-        sizes = [batch, seq, heads, heads, head_dim]
-        call = kernels().Call(
-            DTYPE_CODES[x.dtype], sizes, [0, 0], as_documents(documents), 1.0, torch.get_num_threads()
-        )
-        kernels().rope_cpu(
-            call,
-            *(as_argument(x), as_argument(turned), 2 * cosines.shape[1], interleaved, from_end, inverse),
-            *([cosines.data_ptr(), sines.data_ptr()], len(cosines)),
-        )
+        documents = None if first is None or last is None else Documents(first.contiguous(), last.contiguous())
+        launch_rope(x, turned, Rotation(cosines, sines, documents, from_end, interleaved, inverse))
         return turned
 
     @turn.register_fake

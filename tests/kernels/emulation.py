@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ledom.ops.conformance import Rotation
 from megatron_ledom.ops.kernels import ABI_VERSION, as_argument, as_documents
 from megatron_ledom.ops.mask import AttentionMask
 from megatron_ledom.testing import REPOSITORY
@@ -61,6 +62,20 @@ class AttentionParams(ctypes.Structure):
         ("scale", ctypes.c_float),
         *((n, TensorArgument) for n in ("q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v")),
         *((n, ctypes.c_void_p) for n in ("lse", "delta")),
+        *((n, ctypes.c_int32) for n in ("num_threads", "device")),
+        ("stream", ctypes.c_void_p),
+    ]
+
+
+class RopeParams(ctypes.Structure):
+    """`ledom_rope_params`; a wrong copy is refused through `struct_size`."""
+
+    _fields_ = [
+        *((n, ctypes.c_uint32) for n in ("struct_size", "version")),
+        *((n, ctypes.c_int32) for n in ("dtype", "batch", "seq", "heads", "head_dim", "rotary_dim", "interleaved")),
+        *((n, ctypes.c_int32) for n in ("from_end", "inverse", "num_positions")),
+        *((n, ctypes.c_void_p) for n in ("doc_first", "doc_last", "cosines", "sines")),
+        *((n, TensorArgument) for n in ("x", "y")),
         *((n, ctypes.c_int32) for n in ("num_threads", "device")),
         ("stream", ctypes.c_void_p),
     ]
@@ -147,6 +162,19 @@ class Emulation:
         self.call("ledom_attention_backward_cuda", params, run)
         return gradients
 
+    def rope(self, x: torch.Tensor, y: torch.Tensor, rotation: Rotation, run: Run) -> None:
+        """Write `x` turned into `y`."""
+        batch, seq, heads, head_dim = x.shape
+        params = RopeParams(
+            struct_size=ctypes.sizeof(RopeParams), version=ABI_VERSION, dtype=x.dtype == torch.bfloat16, batch=batch,
+            seq=seq, heads=heads, head_dim=head_dim, rotary_dim=2 * rotation.cosines.shape[1],
+            interleaved=rotation.interleaved, from_end=rotation.from_end, inverse=rotation.inverse,
+            num_positions=len(rotation.cosines), cosines=rotation.cosines.data_ptr(), sines=rotation.sines.data_ptr(),
+        )  # fmt: skip
+        params.doc_first, params.doc_last = (address or None for address in as_documents(rotation.documents))
+        set_tensors(params, x=x, y=y)
+        self.call("ledom_rope_cuda", params, run)
+
 
 def attention_params(q: torch.Tensor, k: torch.Tensor, mask: AttentionMask) -> AttentionParams:
     batch, seq, heads, head_dim = q.shape
@@ -159,7 +187,7 @@ def attention_params(q: torch.Tensor, k: torch.Tensor, mask: AttentionMask) -> A
     return params
 
 
-def set_tensors(params: AttentionParams, **tensors: torch.Tensor) -> None:
+def set_tensors(params: ctypes.Structure, **tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         setattr(params, name, TensorArgument(*as_argument(tensor)))
 
@@ -200,6 +228,11 @@ def build_library(folder: Path, sources: Sequence[Path]) -> Emulation:
     """Compile `.cu` files with the emulation into a library, and load it."""
     library = folder / "libemulated.so"
     run_command(["g++", "-shared", "-pthread", *compile_objects(folder, sources, ["-O2"]), "-o", str(library)])
+    return load_library(library)
+
+
+def load_library(library: Path) -> Emulation:
+    """Load what `build_library` made."""
     loaded = ctypes.CDLL(str(library))
     for name in ("ledom_emulation_error", "ledom_emulation_synchronisations"):
         getattr(loaded, name).restype = ctypes.c_char_p

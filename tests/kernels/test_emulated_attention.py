@@ -10,9 +10,9 @@ import math
 
 import pytest
 import torch
-from attention_cases import error, masks
 from emulation import Completion, Emulation, Order, Run
 
+from megatron_ledom.ops.conformance import error, masks
 from megatron_ledom.ops.fallback import torch_attention
 from megatron_ledom.ops.mask import AttentionMask
 from megatron_ledom.ops.reference import reference_attention

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from attention_cases import error
 from emulation import Completion, Emulation, EmulationError, Order, Run
 from synchronisation import synchronisations
 
+from megatron_ledom.ops.conformance import error
 from megatron_ledom.ops.mask import AttentionMask
 from megatron_ledom.ops.reference import reference_attention
 

@@ -11,42 +11,17 @@ import math
 import pytest
 import torch
 
-from megatron_ledom.direction import Direction
 from megatron_ledom.ops.attention import attention_with_lse
+from megatron_ledom.ops.conformance import NAMES, documents, error, masks
 from megatron_ledom.ops.fallback import torch_attention
 from megatron_ledom.ops.kernels import cpu_paths, describe_kernels
-from megatron_ledom.ops.mask import AttentionMask, Documents, documents_from_lengths, model_order_mask
-from megatron_ledom.ops.mask import natural_order_mask as reversed_mask
-from megatron_ledom.ops.reference import positions, reference_attention, reference_rope
-from megatron_ledom.ops.rope import rope, rope_tables
+from megatron_ledom.ops.reference import positions, reference_attention, reference_rope, rope_tables
+from megatron_ledom.ops.rope import rope
 
-REVERSE = Direction.REVERSE
-NAMES = ("o", "d_q", "d_k", "d_v")
 HEAD_DIMS = (64, 128, 192, 40)
 HEADS = ((4, 4), (4, 2), (3, 1))
 LENGTHS = (1, 97, 250)  # one row; one tile of 96 keys and a row; more than a forward block of 192 rows
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def documents(batch: int, seq: int) -> Documents:
-    """Documents of several lengths, with padding at both ends."""
-    total = batch * seq
-    bounds = sorted({min(total - 1, 1), total // 5, total // 2, total // 2 + 1, max(total - 3, 1)})
-    return documents_from_lengths(torch.tensor(bounds if len(bounds) > 1 else [0, total]), batch, seq)
-
-
-def masks(batch: int, seq: int) -> dict[str, AttentionMask]:
-    docs = documents(batch, seq)
-    return {
-        "causal": model_order_mask(),
-        "reversed": reversed_mask(REVERSE),
-        "reversed, window 1": reversed_mask(REVERSE, window=1),
-        "reversed, window 37": reversed_mask(REVERSE, window=37),
-        "causal, documents": model_order_mask(documents=docs),
-        "reversed, documents": reversed_mask(REVERSE, documents=docs),
-        "reversed, window 20, documents": reversed_mask(REVERSE, window=20, documents=docs),
-        "both sides": AttentionMask(30, None),
-    }
 
 
 def gradients(output: torch.Tensor, d_output: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -54,12 +29,7 @@ def gradients(output: torch.Tensor, d_output: torch.Tensor, inputs: list[torch.T
 
 
 def errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
-    """The largest error of each, relative to the largest element of the exact one, or to 1/2 where that is smaller.
-
-    Inputs are standard normal. With a single key the exact d_q and d_k are 0 and all that is left is rounding.
-    """
-    pairs = zip(found, exact, strict=True)
-    return [float((f.double() - e).abs().max() / e.abs().max().clamp(min=0.5)) for f, e in pairs]
+    return [error(f, e) for f, e in zip(found, exact, strict=True)]
 
 
 def test_this_machine_runs_compiled_kernels() -> None:

@@ -27,7 +27,8 @@ from megatron_ledom.ops.mask import (
     natural_order_mask,
 )
 from megatron_ledom.ops.path import PATHS, choose_path
-from megatron_ledom.ops.rope import rope, rope_op, rope_tables
+from megatron_ledom.ops.reference import rope_tables
+from megatron_ledom.ops.rope import rope, rope_op
 from megatron_ledom.testing import REPOSITORY, tool_environment
 
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def test_auto_takes_kernels_and_says_why_not() -> None:
     assert choose_path(CPU, torch.float32).name == cpu_paths()[0]
     half = choose_path(CPU, torch.float16)
     assert half.name == "torch" and "float16" in half.reason
-    assert choose_path(torch.device("cuda"), torch.bfloat16).name == "torch"
+    assert choose_path(torch.device("meta"), torch.bfloat16).name == "torch"
     assert choose_path(CPU, torch.float32, "torch").reason == "asked for"
     assert "portable" in describe_kernels()
     with pytest.raises(UsageError, match=r"path 'fast': known are auto, avx512"):
@@ -77,11 +78,14 @@ def test_auto_takes_kernels_and_says_why_not() -> None:
 def test_large_heads_in_bf16_are_torchs_where_it_has_matrix_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     for has_amx in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
-        path = choose_path(CPU, torch.bfloat16, head_dim=128, is_plain=True)
+        path = choose_path(CPU, torch.bfloat16, head_dim=128, kind="reversed")
         assert (path.name == "torch") is has_amx and ("AMX" in path.reason) is has_amx
-        for dtype, head_dim, is_plain in ((torch.float32, 128, True), (torch.bfloat16, 64, True)):
-            assert choose_path(CPU, dtype, head_dim=head_dim, is_plain=is_plain).name == cpu_paths()[0]
-        assert choose_path(CPU, torch.bfloat16, head_dim=128, is_plain=False).name == cpu_paths()[0]
+        for dtype, head_dim, kind in (
+            (torch.float32, 128, "causal"),
+            (torch.bfloat16, 64, "reversed"),
+            (torch.bfloat16, 128, "documents"),
+        ):
+            assert choose_path(CPU, dtype, head_dim=head_dim, kind=kind).name == cpu_paths()[0]
 
 
 def test_without_the_extension_attention_takes_torchs_path(monkeypatch: pytest.MonkeyPatch) -> None:
