@@ -17,12 +17,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from emulation import CSRC, FLAGS, attention_params, kernel_sources, run_command, set_tensors
+from emulation import (
+    FLAGS,
+    AttentionParams,
+    RopeParams,
+    attention_params,
+    kernel_sources,
+    rope_params,
+    run_command,
+    set_tensors,
+)
 from nvcc import compile_cuda
 from ptx.machine import Launch, TensorMap, run_launch
 from ptx.memory import GlobalMemory
 from ptx.program import Module, parse
 
+from megatron_ledom.ops.conformance import Rotation
 from megatron_ledom.ops.mask import AttentionMask
 
 MAP_BYTES, NUM_MAPS = 128, 4  # of CUtensorMap; of ForwardSm90aParams
@@ -104,6 +114,7 @@ class Interpreter:
     launcher: Launcher
     modules: list[Module]
     instructions: int = field(default=0)  # run so far, each for many threads
+    started: set[str] = field(default_factory=set)  # names of kernels
 
     def forward(
         self,
@@ -143,16 +154,32 @@ class Interpreter:
         set_tensors(params, **tensors)
         for name, row in rows.items():
             setattr(params, name, row.data_ptr())
+        self._run(function, params, given, made)
+
+    def rope(self, x: torch.Tensor, y: torch.Tensor, rotation: Rotation) -> None:
+        """Write `x` turned into `y`, which may be `x`."""
+        given = {"cosines": rotation.cosines, "sines": rotation.sines}
+        if x.data_ptr() != y.data_ptr():
+            given["x"] = x
+        self._run("ledom_rope_cuda", rope_params(x, y, rotation), given, {"y": y})
+
+    def _run(
+        self,
+        function: str,
+        params: AttentionParams | RopeParams,
+        given: dict[str, torch.Tensor],
+        made: dict[str, torch.Tensor],
+    ) -> None:
         memory = GlobalMemory()
         for name, tensor in {**given, **made}.items():
             add_tensor(memory, name, tensor, name in made)
-        for name, address in (("doc_first", params.doc_first), ("doc_last", params.doc_last)):
-            if address:
-                size = 4 * params.batch * params.seq
-                data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-                memory.add(name, address, data, False)
+        for name in ("doc_first", "doc_last"):
+            if address := getattr(params, name):
+                data = (ctypes.c_uint8 * (4 * params.batch * params.seq)).from_address(address)
+                memory.add(name, address, np.ctypeslib.as_array(data), False)
         for launch in self.launcher.launches(function, params, self.modules):
             module = next(m for m in self.modules if launch.kernel in m.kernels)
+            self.started.add(launch.kernel)
             self.instructions += run_launch(module, launch, memory)
 
 
@@ -163,10 +190,7 @@ def add_tensor(memory: GlobalMemory, name: str, tensor: torch.Tensor, is_writabl
     memory.add(name, storage.data_ptr(), data, is_writable)
 
 
-def build_interpreter(folder: Path) -> Interpreter:
-    """Compile the kernels of the product with nvcc, and their launchers."""
-    sources = kernel_sources()
-    return Interpreter(build_launcher(folder, sources), [parse(ptx_of(x, folder)) for x in sources])
+def build_interpreter(texts: Sequence[str], folder: Path) -> Interpreter:
+    """The interpreter of PTX modules, and the launchers of all kernels of the product."""
+    return Interpreter(build_launcher(folder, kernel_sources()), [parse(x) for x in texts])
 
-
-__all__ = ["CSRC", "Interpreter", "Launcher", "add_tensor", "build_interpreter", "build_launcher", "ptx_of"]
