@@ -28,7 +28,7 @@ from emulation import (
     set_tensors,
 )
 from nvcc import compile_cuda
-from ptx.machine import Launch, TensorMap, run_launch
+from ptx.machine import MAX_STEPS, Launch, TensorMap, run_launch
 from ptx.memory import GlobalMemory
 from ptx.program import Module, parse
 
@@ -114,6 +114,7 @@ class Interpreter:
     launcher: Launcher
     modules: list[Module]
     instructions: int = field(default=0)  # run so far, each for many threads
+    max_steps: int = MAX_STEPS
     started: set[str] = field(default_factory=set)  # names of kernels
 
     def forward(
@@ -180,7 +181,7 @@ class Interpreter:
         for launch in self.launcher.launches(function, params, self.modules):
             module = next(m for m in self.modules if launch.kernel in m.kernels)
             self.started.add(launch.kernel)
-            self.instructions += run_launch(module, launch, memory)
+            self.instructions += run_launch(module, launch, memory, self.max_steps)
 
 
 def add_tensor(memory: GlobalMemory, name: str, tensor: torch.Tensor, is_writable: bool) -> None:

@@ -111,8 +111,10 @@ class Barrier:
     published: Array | None = None
 
 
-def run_launch(module: Module, launch: Launch, memory: GlobalMemory) -> int:
+def run_launch(module: Module, launch: Launch, memory: GlobalMemory, max_steps: int = MAX_STEPS) -> int:
     """Run a grid, some blocks at a time; returns how many instructions were run, each for many lanes.
+
+    A part that has not ended after `max_steps` instructions is taken not to end at all.
 
     Raises:
         PtxError: a thread did what it must not, or an instruction is not known.
@@ -124,7 +126,7 @@ def run_launch(module: Module, launch: Launch, memory: GlobalMemory) -> int:
     steps = 0
     for start in range(0, len(blocks), at_once):
         machine = Machine(module, kernel, launch, memory, blocks[start : start + at_once])
-        machine.run()
+        machine.run(max_steps)
         steps += machine.step
     return steps
 
@@ -260,9 +262,10 @@ class Machine:
 
     # ---- running
 
-    def run(self) -> None:
+    def run(self, max_steps: int) -> None:
+        at = 0
         with np.errstate(all="ignore"):
-            while self.step < MAX_STEPS:
+            while self.step < max_steps:
                 ready = ~self.waits & (self.pc < self.end)
                 if ready.any():
                     at = int(self.pc[ready].min())
@@ -272,7 +275,7 @@ class Machine:
                 elif not any(complete() for complete in self.progress):
                     raise PtxError(self._deadlock())
             else:
-                raise PtxError(f"no end after {MAX_STEPS} instructions: {self.kernel.instructions[at]}")
+                raise PtxError(f"no end after {max_steps} instructions: {self.kernel.instructions[at]}")
             for check_end in self.at_end:
                 try:
                     check_end()

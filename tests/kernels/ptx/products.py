@@ -18,7 +18,7 @@ from ptx.machine import Action, Group, Machine, instruction
 from ptx.matrices import floats, registers
 from ptx.memory import WORD, FaultError
 from ptx.order import Array
-from ptx.program import Immediate, Instruction, Register, Vector
+from ptx.program import Immediate, Instruction, PtxError, Register, Vector
 from ptx.transfers import copy_async
 
 WARPGROUP = 128
@@ -115,6 +115,8 @@ def _products(machine: Machine) -> Products:
 
 @instruction("wgmma")
 def warpgroup_product(machine: Machine, said: Instruction) -> Action:
+    if machine.threads % WARPGROUP:
+        raise PtxError(f"a block of {machine.threads} threads is not made of warpgroups")
     products = _products(machine)
     if said.opcode == "wgmma.fence.sync.aligned":
 
