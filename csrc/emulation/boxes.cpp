@@ -3,6 +3,7 @@
 // without instrumentation.
 #include "emulation/sm90a.h"
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -52,7 +53,9 @@ struct Boxes {
     NamedBarrier named[kNamedBarriers];
     FixedList<Load, kMaxCopies> loads;
     FixedList<Store, kMaxCopies> stores;
-    std::vector<uint16_t> writers;  // of each word by ordinary stores that were not fenced yet: thread + 1
+    std::vector<uint16_t> writers;   // of each word by ordinary stores that were not fenced yet: thread + 1
+    uint32_t first_written[kMaxThreads], last_written[kMaxThreads];  // words of each thread among them
+    std::vector<bool> is_overwritten;  // each word by ordinary stores, since a copy brought it
     int registers[kMaxThreads / kWarpgroup];
     bool has_changed_registers;
     unsigned num_threads;
@@ -167,7 +170,10 @@ void begin_boxes(unsigned num_threads) {
     }
     boxes->loads.clear();
     boxes->stores.clear();
+    std::fill_n(boxes->first_written, kMaxThreads, UINT32_MAX);
+    std::fill_n(boxes->last_written, kMaxThreads, 0);
     boxes->writers.assign(shared_bytes() / 4 + 1, 0);
+    boxes->is_overwritten.assign(shared_bytes() / 4 + 1, false);
     boxes->num_threads = num_threads;
     boxes->has_changed_registers = false;
     const int most = kAllRegisters / static_cast<int>(num_threads) / kRegisterStep * kRegisterStep;
@@ -257,6 +263,8 @@ void start_load(const Site& site, const BoxCopy& copy) {
     check_fenced(site, copy.shared, copy.shared + bytes_of(copy));
     ++counts_of_block()->copies;
     memset(shared_memory() + copy.shared, 0xff, bytes_of(copy));
+    const auto words_of_block = boxes->is_overwritten.begin();
+    std::fill(words_of_block + copy.shared / 4, words_of_block + (copy.shared + bytes_of(copy)) / 4, false);
     Load& load = boxes->loads.add();
     load.site = site;
     load.copy = copy;
@@ -288,16 +296,23 @@ void wait_for_stores() {
 }
 
 void fence_stores() {
-    for (uint16_t& writer : boxes->writers) {
-        if (writer == current_thread() + 1) writer = 0;
+    const unsigned thread = current_thread();
+    for (uint32_t word = boxes->first_written[thread]; word <= boxes->last_written[thread]; ++word) {
+        if (boxes->writers[word] == thread + 1) boxes->writers[word] = 0;
     }
+    boxes->first_written[thread] = UINT32_MAX;
+    boxes->last_written[thread] = 0;
 }
 
 void note_store(const Site& site, uint32_t address, int bytes) {
     if (boxes->barriers.size() == 0) return;  // not a kernel for sm_90a
     check_writing(site, address, address + static_cast<uint32_t>(bytes));
     if (address + static_cast<uint32_t>(bytes) <= shared_bytes()) {
-        boxes->writers[address / 4] = static_cast<uint16_t>(current_thread() + 1);
+        const unsigned thread = current_thread();
+        boxes->writers[address / 4] = static_cast<uint16_t>(thread + 1);
+        boxes->first_written[thread] = std::min(boxes->first_written[thread], address / 4);
+        boxes->last_written[thread] = std::max(boxes->last_written[thread], address / 4);
+        boxes->is_overwritten[address / 4] = true;
     }
 }
 
@@ -308,6 +323,16 @@ void check_reading(const Site& site, uint32_t begin, uint32_t end) {
         }
     }
     check_fenced(site, begin, end);
+}
+
+void check_multiplying(const Site& site, uint32_t begin, uint32_t end) {
+    check_reading(site, begin, end);
+    for (uint32_t word = begin / 4; word < (end + 3) / 4; ++word) {
+        if (boxes->is_overwritten[word]) {
+            fail("%s: a thread that did not wait for the product has overwritten shared address %u",
+                 words(site).c_str(), word * 4);
+        }
+    }
 }
 
 void come_to_barrier(const Site& site, int number, int threads, bool waits) {

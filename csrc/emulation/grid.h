@@ -33,8 +33,8 @@ bool finish_one_copy();
 void begin_products_of_block(unsigned num_threads);
 void check_products_of_block();
 
-// For products.cpp: is somebody about to write what it reads?
-void check_reading(const Site& site, uint32_t begin, uint32_t end);
+// For products.cpp: is what it reads here, as copies brought it? (Operands that threads store are not emulated.)
+void check_multiplying(const Site& site, uint32_t begin, uint32_t end);
 // For boxes.cpp: does a product under way read these addresses?
 bool is_read_by_products(uint32_t begin, uint32_t end);
 

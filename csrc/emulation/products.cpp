@@ -234,7 +234,7 @@ void start_product(const Lane* lanes) {
         if (!warp.has_begun) fail("%s: no begin_products since the registers changed", words(first.site).c_str());
         result = &open_result(&warp, lanes, first);
     }
-    visit_operands(first, [&](uint32_t begin, uint32_t end) { check_reading(first.site, begin, end); });
+    visit_operands(first, [&](uint32_t begin, uint32_t end) { check_multiplying(first.site, begin, end); });
     Product& product = warp.products.add();
     for (int i = 0; i < kLanes; ++i) product.in[i] = *static_cast<const ProductIn*>(lanes[i].in);
     product.group = warp.groups;

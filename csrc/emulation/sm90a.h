@@ -43,6 +43,7 @@ void start_load(const Site& site, const BoxCopy& copy);
 void start_store(const Site& site, const BoxCopy& copy);
 void end_store_group();
 void wait_for_stores();
+void check_reading(const Site& site, uint32_t begin, uint32_t end);
 void fence_stores();
 
 // Barrier `number` of `threads` threads; one that does not wait only counts.

@@ -1,10 +1,10 @@
-// Forward for sm_90a. A block is one warpgroup that loads and kGroups that compute, 64 query rows each; it works on one
-// item (the rows of one head) after the other. The loading warpgroup runs ahead by two stages of keys and of values;
-// barriers in shared memory say which are full and which are empty again.
+// Forward for sm_90a. A block is one warpgroup that loads and kGroups that compute, 64 query rows of one head each. The
+// loading one runs ahead by two stages of keys and of values; barriers in shared memory say which are full and which are
+// empty again.
 //
-//     loads      Q | K(0)     | V(0) K(1)           | V(1) K(2)           | ...              next item: Q ...
-//     group 0        S(0) soften  S(1), O += P(0) V(0)  soften(1)   S(2), O += P(1) V(1)  soften(2)
-//     group 1          S(0) soften      . soften ...    S(1), O += P(0) V(0)  soften(1) ...
+//     loads      Q  K(0)  V(0)  K(1)  V(1)  |  K(2)       |  V(2)           |  K(3) ...
+//     group 0    S(0)  soften  |  S(1), O += P(0) V(0)  |  soften               |  S(2), O += P(1) V(1)  |  soften ...
+//     group 1    S(0)  soften                           |  S(1), O += P(0) V(0) |  soften                |  S(2) ...
 //
 // A group starts the scores of tile t + 1 before the output of tile t, and softens the former while the latter is under
 // way. The groups take turns in starting products, so that one softens while the tensor cores work for the other.
@@ -21,9 +21,9 @@ namespace ledom {
 struct ForwardSm90aParams {
     TensorMap q, k, v, o;
     ledom_attention_params p;
-    int32_t blocks;         // of rows in a sequence
-    int32_t section;        // heads (of all sequences) whose keys and values the second-level cache holds together
-    int32_t device;         // as in p
+    int32_t blocks;   // of rows in a sequence
+    int32_t section;  // heads (of all sequences) whose keys and values the second-level cache holds together
+    int32_t device;   // as in p
     void* stream;
 };
 
@@ -38,7 +38,7 @@ struct ForwardSm90a {
     static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
     static constexpr int kStages = 2;
     static constexpr int kPanels = kDim / kPanelColumns;
-    // Of the 512 registers that a quarter of the threads of a lane have together.
+    // Of the 512 that the warps of a block which share a quarter of the multiprocessor have together.
     static constexpr int kLoadingRegisters = kGroups == 2 ? 24 : 32;
     static constexpr int kComputingRegisters = kGroups == 2 ? 240 : 160;
 
@@ -60,8 +60,7 @@ struct ForwardSm90a {
     LEDOM_DEVICE uint32_t values(int stage) const { return keys(kStages + stage); }
     LEDOM_DEVICE uint32_t barriers() const { return keys(2 * kStages); }
     LEDOM_DEVICE uint32_t queries_full() const { return barriers(); }
-    LEDOM_DEVICE uint32_t queries_empty() const { return barriers() + 8; }
-    LEDOM_DEVICE uint32_t keys_full(int stage) const { return barriers() + 16 + stage * 8; }
+    LEDOM_DEVICE uint32_t keys_full(int stage) const { return barriers() + 8 + stage * 8; }
     LEDOM_DEVICE uint32_t values_full(int stage) const { return keys_full(kStages + stage); }
     LEDOM_DEVICE uint32_t keys_empty(int stage) const { return keys_full(2 * kStages + stage); }
     LEDOM_DEVICE uint32_t values_empty(int stage) const { return keys_full(3 * kStages + stage); }
@@ -84,65 +83,57 @@ struct StageWalk {
     }
 };
 
-// The rows begin .. of one head, and the tiles of keys that they attend.
+// What a block works on: the rows begin .. of one head, and the tiles of keys that they attend.
 struct Item {
     int begin, head, batch;
     Mask mask;
     Interval tiles;
 };
 
-// Item i of round r of this block. Items are sorted: those with the most to walk first, section by section; every
-// second round goes backwards, so that no block gets the longer ones in all rounds. False: there are no more.
+// Blocks start in order. Section by section, those with the most to walk come first.
 template <typename F>
-LEDOM_DEVICE bool next_item(const ForwardSm90aParams& params, int round, Item* item) {
+LEDOM_DEVICE Item item_of_block(const ForwardSm90aParams& params) {
     const ledom_attention_params& p = params.p;
-    const int width = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-    const int number = round * width + (round % 2 == 0 ? block : width - 1 - block);
-    const int heads = p.heads * p.batch;
-    const int section = number / (params.section * params.blocks);
-    const int first_head = section * params.section;
-    if (first_head >= heads) return false;
-    const int rest = number - first_head * params.blocks;
+    const int number = static_cast<int>(blockIdx.x), heads = p.heads * p.batch;
+    const int first_head = number / (params.section * params.blocks) * params.section;
     const int size = params.section < heads - first_head ? params.section : heads - first_head;
-    const int rank = rest / size, head = first_head + rest % size;
-    if (rank >= params.blocks) return false;
-    item->batch = head / p.heads;
-    item->head = head % p.heads;
-    item->mask = mask_of(p, item->batch);
-    item->begin = (item->mask.left > item->mask.right ? params.blocks - 1 - rank : rank) * F::kRows;
-    item->tiles = tiles_of(attended_by_rows(item->mask, item->begin, item->begin + F::kRows), F::kKeys);
-    return true;
+    const int rest = number - first_head * params.blocks, rank = rest / size, head = first_head + rest % size;
+    Item item;
+    item.batch = head / p.heads;
+    item.head = head % p.heads;
+    item.mask = mask_of(p, item.batch);
+    item.begin = (item.mask.left > item.mask.right ? params.blocks - 1 - rank : rank) * F::kRows;
+    item.tiles = tiles_of(attended_by_rows(item.mask, item.begin, item.begin + F::kRows), F::kKeys);
+    return item;
+}
+
+// The panels of a tile.
+template <int kPanels>
+LEDOM_DEVICE void load_tile(uint32_t to, uint32_t panel_bytes, const TensorMap& map, uint32_t barrier, int token,
+                            int head, int batch) {
+    for (int panel = 0; panel < kPanels; ++panel) {
+        load_box(to + panel * panel_bytes, map, barrier, panel * kPanelColumns, token, head, batch);
+    }
 }
 
 // What one thread of the loading warpgroup does.
 template <typename F>
-LEDOM_DEVICE void load_items(const F& at, const ForwardSm90aParams& params) {
+LEDOM_DEVICE void load_all(const F& at, const ForwardSm90aParams& params, const Item& item) {
+    arrive_expecting(at.queries_full(), F::kQueryBytes);
+    load_tile<F::kPanels>(at.queries(), F::kQueryPanelBytes, params.q, at.queries_full(), item.begin, item.head,
+                          item.batch);
+    const int kv_head = item.head / (params.p.heads / params.p.kv_heads);
     StageWalk<F::kStages> walk;
-    const int group_size = params.p.heads / params.p.kv_heads;
-    Item item;
-    for (int round = 0; next_item<F>(params, round, &item); ++round) {
-        const uint32_t parity = static_cast<uint32_t>(round) & 1;
-        wait(at.queries_empty(), parity ^ 1);
-        arrive_expecting(at.queries_full(), F::kQueryBytes);
-        for (int panel = 0; panel < F::kPanels; ++panel) {
-            load_box(at.queries() + panel * F::kQueryPanelBytes, params.q, at.queries_full(), panel * kPanelColumns,
-                     item.begin, item.head, item.batch);
-        }
-        const int kv_head = item.head / group_size;
-        for (int t = item.tiles.lo; t <= item.tiles.hi; ++t, walk.step()) {
-            wait(at.keys_empty(walk.stage), walk.parity ^ 1);
-            arrive_expecting(at.keys_full(walk.stage), F::kTileBytes);
-            for (int panel = 0; panel < F::kPanels; ++panel) {
-                load_box(at.keys(walk.stage) + panel * F::kKeyPanelBytes, params.k, at.keys_full(walk.stage),
-                         panel * kPanelColumns, t * F::kKeys, kv_head, item.batch);
-            }
-            wait(at.values_empty(walk.stage), walk.parity ^ 1);
-            arrive_expecting(at.values_full(walk.stage), F::kTileBytes);
-            for (int panel = 0; panel < F::kPanels; ++panel) {
-                load_box(at.values(walk.stage) + panel * F::kKeyPanelBytes, params.v, at.values_full(walk.stage),
-                         panel * kPanelColumns, t * F::kKeys, kv_head, item.batch);
-            }
-        }
+    for (int t = item.tiles.lo; t <= item.tiles.hi; ++t, walk.step()) {
+        const int stage = walk.stage, token = t * F::kKeys;
+        wait(at.keys_empty(stage), walk.parity ^ 1);
+        arrive_expecting(at.keys_full(stage), F::kTileBytes);
+        load_tile<F::kPanels>(at.keys(stage), F::kKeyPanelBytes, params.k, at.keys_full(stage), token, kv_head,
+                              item.batch);
+        wait(at.values_empty(stage), walk.parity ^ 1);
+        arrive_expecting(at.values_full(stage), F::kTileBytes);
+        load_tile<F::kPanels>(at.values(stage), F::kKeyPanelBytes, params.v, at.values_full(stage), token, kv_head,
+                              item.batch);
     }
 }
 
@@ -242,84 +233,90 @@ LEDOM_DEVICE void store_output(const F& at, const ForwardSm90aParams& params, co
                       item.batch);
         }
         commit_stores();
-        wait_for_stores();
-        arrive(at.queries_empty());
+        wait_for_stores();  // shared memory is the block's only while a thread of it lives
     }
+}
+
+// The logarithms of the rows' sums, and what the output is to be times.
+LEDOM_DEVICE void finish_rows(const Running& running, const ledom_attention_params& p, const Item& item, int warp_row,
+                              float (&factor)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float sum = sum_of_quad(running.sum[r]);
+        const bool is_row_empty = sum == 0.0f;
+        factor[r] = is_row_empty ? 0.0f : 1.0f / sum;
+        const int i = warp_row + lane() / 4 + 8 * r;
+        if (lane() % 4 == 0 && i < p.seq) {
+            p.lse[(static_cast<int64_t>(item.batch) * p.heads + item.head) * p.seq + i] =
+                is_row_empty ? -INFINITY : running.maximum[r] * p.scale + logf(sum);
+        }
+    }
+}
+
+// The walk of a computing warpgroup over the tiles: o and the running rows.
+template <typename F>
+LEDOM_DEVICE void walk_tiles(const F& at, const Item& item, int group, int warp_row, float scale_log2,
+                             float (&o)[F::kPanels * 32], Running& running) {
+    const uint32_t queries = at.queries() + group * kGroupRows * kPanelRowBytes;
+    const int next_group = group + 1 == F::kGroups ? 0 : group + 1;
+    const LaneRows lane_rows(item.mask, warp_row);
+    const auto hide_some = [&](float (&s)[F::kKeys / 2], int tile) {
+        const Interval keys = {tile * F::kKeys, tile * F::kKeys + F::kKeys - 1};
+        if (!is_full(item.mask, warp_row, warp_row + kWarpRows, keys)) hide(s, lane_rows, keys.lo);
+    };
+    float s[F::kKeys / 2], factor[2];
+    uint32_t weights[F::kKeys / 16][4];
+    StageWalk<F::kStages> walk;
+    wait(at.queries_full(), 0);
+    wait(at.keys_full(walk.stage), walk.parity);
+    begin_products();
+    start_scores<F>(s, queries, at.keys(walk.stage));
+    wait_for_products<0>(s);
+    arrive_as_warp(at.keys_empty(walk.stage));
+    hide_some(s, item.tiles.lo);
+    soften(s, running, factor, scale_log2);
+    pack(weights, s);
+    for (int t = item.tiles.lo + 1; t <= item.tiles.hi; ++t) {
+        const StageWalk<F::kStages> before = walk;
+        walk.step();
+        wait(at.keys_full(walk.stage), walk.parity);
+        wait(at.values_full(before.stage), before.parity);
+        wait_at_barrier(kTurnBarrier + group, 2 * kGroupThreads);
+        begin_products();
+        start_scores<F>(s, queries, at.keys(walk.stage));
+        start_output<F>(o, weights, at.values(before.stage));
+        pass_barrier(kTurnBarrier + next_group, 2 * kGroupThreads);
+        wait_for_products<1>(s);
+        arrive_as_warp(at.keys_empty(walk.stage));
+        hide_some(s, t);
+        soften(s, running, factor, scale_log2);
+        wait_for_products<0>(o);
+        arrive_as_warp(at.values_empty(before.stage));
+        multiply_rows(o, factor);
+        pack(weights, s);
+    }
+    wait(at.values_full(walk.stage), walk.parity);
+    begin_products();
+    start_output<F>(o, weights, at.values(walk.stage));
+    wait_for_products<0>(o);
 }
 
 // What a computing warpgroup does.
 template <typename F>
-LEDOM_DEVICE void compute_items(const F& at, const ForwardSm90aParams& params, int group) {
+LEDOM_DEVICE void compute(const F& at, const ForwardSm90aParams& params, const Item& item, int group) {
     const ledom_attention_params& p = params.p;
-    const float scale_log2 = p.scale * kLog2E;
-    const uint32_t queries = at.queries() + group * kGroupRows * kPanelRowBytes;
-    const int next_group = group + 1 == F::kGroups ? 0 : group + 1;
-    if (group == F::kGroups - 1) pass_barrier(kTurnBarrier, 2 * kGroupThreads);  // the first turn is group 0's
-    StageWalk<F::kStages> walk;
-    Item item;
-    for (int round = 0; next_item<F>(params, round, &item); ++round) {
-        const int first_row = item.begin + group * kGroupRows, warp_row = first_row + warp() % kGroupWarps * kWarpRows;
-        const LaneRows lane_rows(item.mask, warp_row);
-        const auto hide_some = [&](float (&s)[F::kKeys / 2], int tile) {
-            const Interval keys = {tile * F::kKeys, tile * F::kKeys + F::kKeys - 1};
-            if (!is_full(item.mask, warp_row, warp_row + kWarpRows, keys)) hide(s, lane_rows, keys.lo);
-        };
-        Running running;
-        float o[F::kPanels * 32], factor[2];
+    const int warp_row = item.begin + group * kGroupRows + warp() % kGroupWarps * kWarpRows;
+    Running running;
+    float o[F::kPanels * 32], factor[2];
 #pragma unroll
-        for (int n = 0; n < F::kPanels * 32; ++n) o[n] = 0.0f;
-        wait(at.queries_full(), static_cast<uint32_t>(round) & 1);
-        if (!is_empty(item.tiles)) {
-            float s[F::kKeys / 2];
-            uint32_t weights[F::kKeys / 16][4];
-            wait(at.keys_full(walk.stage), walk.parity);
-            begin_products();
-            start_scores<F>(s, queries, at.keys(walk.stage));
-            wait_for_products<0>(s);
-            arrive_as_warp(at.keys_empty(walk.stage));
-            hide_some(s, item.tiles.lo);
-            soften(s, running, factor, scale_log2);
-            pack(weights, s);
-            for (int t = item.tiles.lo + 1; t <= item.tiles.hi; ++t) {
-                const StageWalk<F::kStages> before = walk;
-                walk.step();
-                wait(at.keys_full(walk.stage), walk.parity);
-                wait(at.values_full(before.stage), before.parity);
-                wait_at_barrier(kTurnBarrier + group, 2 * kGroupThreads);
-                begin_products();
-                start_scores<F>(s, queries, at.keys(walk.stage));
-                start_output<F>(o, weights, at.values(before.stage));
-                pass_barrier(kTurnBarrier + next_group, 2 * kGroupThreads);
-                wait_for_products<1>(s);
-                arrive_as_warp(at.keys_empty(walk.stage));
-                hide_some(s, t);
-                soften(s, running, factor, scale_log2);
-                wait_for_products<0>(o);
-                arrive_as_warp(at.values_empty(before.stage));
-                multiply_rows(o, factor);
-                pack(weights, s);
-            }
-            wait(at.values_full(walk.stage), walk.parity);
-            begin_products();
-            start_output<F>(o, weights, at.values(walk.stage));
-            wait_for_products<0>(o);
-            arrive_as_warp(at.values_empty(walk.stage));
-            walk.step();
-        }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float sum = sum_of_quad(running.sum[r]);
-            const bool is_row_empty = sum == 0.0f;
-            factor[r] = is_row_empty ? 0.0f : 1.0f / sum;
-            const int i = warp_row + lane() / 4 + 8 * r;
-            if (lane() % 4 == 0 && i < p.seq) {
-                p.lse[(static_cast<int64_t>(item.batch) * p.heads + item.head) * p.seq + i] =
-                    is_row_empty ? -INFINITY : running.maximum[r] * p.scale + logf(sum);
-            }
-        }
-        store_output<F>(at, params, item, group, o, factor);
+    for (int n = 0; n < F::kPanels * 32; ++n) o[n] = 0.0f;
+    if (!is_empty(item.tiles)) {
+        if (group == F::kGroups - 1) pass_barrier(kTurnBarrier, 2 * kGroupThreads);  // the first turn is group 0's
+        walk_tiles(at, item, group, warp_row, p.scale * kLog2E, o, running);
+        if (group == 0) wait_at_barrier(kTurnBarrier, 2 * kGroupThreads);  // the last turn passed on to it
     }
-    if (group == 0) wait_at_barrier(kTurnBarrier, 2 * kGroupThreads);  // the last turn passed on to it
+    finish_rows(running, p, item, warp_row, factor);
+    store_output<F>(at, params, item, group, o, factor);
 }
 
 template <int kDim, int kKeys, int kGroups>
@@ -330,7 +327,6 @@ __global__ void __launch_bounds__(ForwardSm90a<kDim, kKeys, kGroups>::kThreads, 
     const F at(shared_address(shared));
     if (threadIdx.x == 0) {
         init_barrier(at.queries_full(), 1);
-        init_barrier(at.queries_empty(), kGroups * kGroupWarps);
         for (int stage = 0; stage < F::kStages; ++stage) {
             init_barrier(at.keys_full(stage), 1);
             init_barrier(at.values_full(stage), 1);
@@ -340,13 +336,14 @@ __global__ void __launch_bounds__(ForwardSm90a<kDim, kKeys, kGroups>::kThreads, 
         publish_barriers();
     }
     __syncthreads();
+    const Item item = item_of_block<F>(params);
     const int group = static_cast<int>(threadIdx.x) / kGroupThreads - 1;
     if (group < 0) {
         keep_registers<F::kLoadingRegisters>();
-        if (threadIdx.x == 0) load_items(at, params);
+        if (threadIdx.x == 0 && !is_empty(item.tiles)) load_all(at, params, item);
     } else {
         take_registers<F::kComputingRegisters>();
-        compute_items(at, params, group);
+        compute(at, params, item, group);
     }
 }
 

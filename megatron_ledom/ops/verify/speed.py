@@ -1,9 +1,10 @@
 """How fast the kernels are on this GPU, beside torch's: medians by CUDA events, as TFLOP/s of what the mask allows.
 
     ours      attention on natural order: reversed-causal, no flip
-    flash     torch's FlashAttention, causal, with q, k, v and the output flipped (and their gradients)
-    cudnn     cuDNN's, the same
-    masked    scaled_dot_product_attention with the mask written out, by whichever kernel torch takes: documents
+    torch     what the fallback takes: scaled_dot_product_attention, causal, with q, k, v and the output flipped (and
+              their gradients), by whichever kernel torch chooses; with documents the mask written out
+    flash     the same by torch's FlashAttention
+    cudnn     the same by cuDNN
 
 Rates count 4 * D operations for a score that the mask allows, and 3.5 times that with the backward pass.
 """
@@ -67,25 +68,30 @@ def num_scores(mask: AttentionMask, batch: int, seq: int, device: torch.device) 
 
 
 def competitors(
-    parts: Sequence[str], mask: AttentionMask, batch: int, seq: int, device: torch.device
+    parts: Sequence[str], mask: AttentionMask, batch: int, seq: int, head_dim: int, device: torch.device
 ) -> dict[str, Attention]:
     """Name -> attention, for one mask."""
+    scale = 1 / math.sqrt(head_dim)
 
     def ours(part: str) -> Attention:
-        return lambda q, k, v: attention_with_lse(q, k, v, mask, 1 / math.sqrt(q.shape[3]), part)[0]
+        return lambda q, k, v: attention_with_lse(q, k, v, mask, scale, part)[0]
+
+    def flipped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch_attention(q, k, v, mask, scale)
 
     def by(backend: SDPBackend) -> Attention:
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             with sdpa_kernel(backend):
-                return torch_attention(q, k, v, mask, 1 / math.sqrt(q.shape[3]))
+                return flipped(q, k, v)
 
         return run
 
     found = {part: ours(part) for part in parts}
     if mask.documents is None:
-        return found | {"flash": by(SDPBackend.FLASH_ATTENTION), "cudnn": by(SDPBackend.CUDNN_ATTENTION)}
+        torchs = {"flash": by(SDPBackend.FLASH_ATTENTION), "cudnn": by(SDPBackend.CUDNN_ATTENTION)}
+        return found | {"torch": flipped} | torchs
     allowed = dense_mask(mask, batch, seq, device)[:, None]
-    return found | {"masked": lambda q, k, v: attend(q, k, v, 1 / math.sqrt(q.shape[3]), allowed)}
+    return found | {"torch": lambda q, k, v: attend(q, k, v, scale, allowed)}
 
 
 def measure(
@@ -101,7 +107,7 @@ def measure(
     operations *= batch if mask.documents is None else 1
     inputs = [x.requires_grad_() for x in (q, k, v)]
     result: dict[str, Any] = {"shape": list(shape), "mask": kind, "ms": {}, "tflops": {}, "unavailable": {}}
-    for name, function in competitors(parts, mask, batch, seq, device).items():
+    for name, function in competitors(parts, mask, batch, seq, head_dim, device).items():
 
         def forward(function: Attention = function) -> None:
             with torch.no_grad():
