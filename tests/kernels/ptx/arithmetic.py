@@ -1,4 +1,4 @@
-"""Arithmetic, comparisons, conversions, moves: what a thread does alone and in registers. PTX ISA 9.0, 9.7.1 to 9.7.9."""
+"""Arithmetic, comparisons, conversions, moves: what a thread does alone, in registers. PTX ISA 9.0, 9.7.1 to 9.7.9."""
 
 from __future__ import annotations
 
@@ -137,8 +137,14 @@ def extreme(machine: Machine, said: Instruction) -> Action:
     return simple(machine, said, kind, np.fmin if said.opcode.startswith("min") else np.fmax)
 
 
-COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-               "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}  # fmt: skip
+COMPARISONS = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 
 
 @instruction("setp")

@@ -6,7 +6,6 @@ a copy that goes out when it is waited for: the latest that they may.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -243,13 +242,16 @@ def counting_barrier(machine: Machine, said: Instruction) -> Action:
 
     def wait(group: Group) -> None:
         """Those whose phase is not over come back when it is: waiting is what the instruction may do."""
-        keys = machine.lane_blocks[group.lanes] << 32 | base[group.lanes].astype(np.int64) << 1 | parity[group.lanes] & 1
+        keys = (
+            machine.lane_blocks[group.lanes] << 32 | base[group.lanes].astype(np.int64) << 1 | parity[group.lanes] & 1
+        )
         for key in np.unique(keys):
             lanes = group.lanes[keys == key]
             for lane in lanes:
                 barrier = at.find(int(lane), int(base[lane]) + offset)
             if barrier.parity != key & 1:
-                machine.order.learn(lanes, barrier.before) if barrier.before is not None else None
+                if barrier.before is not None:
+                    machine.order.learn(lanes, barrier.before)
                 is_over[lanes] = True
             else:
                 barrier.waiting.append(lanes)

@@ -28,12 +28,12 @@ from emulation import (
     set_tensors,
 )
 from nvcc import compile_cuda
-from ptx.machine import MAX_STEPS, Launch, TensorMap, run_launch
-from ptx.memory import GlobalMemory
-from ptx.program import Module, parse
 
 from megatron_ledom.ops.conformance import Rotation
 from megatron_ledom.ops.mask import AttentionMask
+from ptx.machine import MAX_STEPS, Launch, TensorMap, run_launch
+from ptx.memory import GlobalMemory
+from ptx.program import Module, parse
 
 MAP_BYTES, NUM_MAPS = 128, 4  # of CUtensorMap; of ForwardSm90aParams
 RECORDER = Path(__file__).parent / "recorded_launches.cpp"
@@ -194,4 +194,3 @@ def add_tensor(memory: GlobalMemory, name: str, tensor: torch.Tensor, is_writabl
 def build_interpreter(texts: Sequence[str], folder: Path) -> Interpreter:
     """The interpreter of PTX modules, and the launchers of all kernels of the product."""
     return Interpreter(build_launcher(folder, kernel_sources()), [parse(x) for x in texts])
-

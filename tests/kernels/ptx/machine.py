@@ -14,7 +14,6 @@ import numpy as np
 from ptx.memory import FaultError, GlobalMemory, ParamMemory, SharedMemory
 from ptx.order import Array, Order
 from ptx.program import (
-    WIDTHS,
     Address,
     Immediate,
     Instruction,
@@ -24,8 +23,6 @@ from ptx.program import (
     PtxError,
     Register,
     Symbol,
-    Vector,
-    resolve,
 )
 
 DTYPES = {"pred": np.bool_, "u8": np.uint8, "b8": np.uint8, "s8": np.int8, "u16": np.uint16, "b16": np.uint16,
@@ -69,7 +66,7 @@ class Group:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A tensor of bf16 in global memory, its fastest axis first, and the box that a copy moves; swizzled by 128 bytes."""
+    """A tensor of bf16 in global memory, its fastest axis first, and the box that a copy moves."""
 
     address: int
     sizes: tuple[int, ...]
@@ -338,7 +335,9 @@ class Machine:
         for at in np.unique(self.pc[self.waits]):
             lanes = np.flatnonzero(self.waits & (self.pc == at))
             before = max(at - 1, 0) if not self.kernel.instructions[at].opcode.startswith("mbarrier") else at
-            places.append(f"{len(lanes)} threads wait at {self.kernel.instructions[before]}{self._thread(int(lanes[0]))}")
+            places.append(
+                f"{len(lanes)} threads wait at {self.kernel.instructions[before]}{self._thread(int(lanes[0]))}"
+            )
         ended = int((self.pc == self.end).sum())
         return "deadlock: " + "\n  ".join([*places, f"{ended} threads have ended"])
 

@@ -87,8 +87,8 @@ class GlobalMemory:
                 missing &= ~inside
         if missing.any():
             bad = int(np.argmax(missing))
-            raise FaultError(f"{size} bytes at global address {addresses[bad]:#x} lie in no buffer{self._near(addresses[bad])}",
-                             int(lanes[bad]))  # fmt: skip
+            what = f"{size} bytes at global address {addresses[bad]:#x} lie in no buffer"
+            raise FaultError(what + self._near(addresses[bad]), int(lanes[bad]))
         return found
 
     def _near(self, address: int) -> str:

@@ -73,7 +73,7 @@ AMPERE = (
 HOPPER = (
     *COMMON,
     Mutation("right side of a product turned", r"(wgmma\.mma.*, p, 1, 1, 0, )0;", r"\g<1>1;"),
-    Mutation("right side of a product not turned", r"(wgmma\.mma.*\}, \S+ 1, 1, 1, )1;", r"\g<1>0;"),
+    Mutation("right side of a product not turned", r"(wgmma\.mma.*\}, \{.*\}, %rd\d+, \w+, 1, 1, )1;", r"\g<1>0;"),
     Mutation("left side of a product turned", r"(wgmma\.mma.*, p, 1, 1, )0, 0;", r"\g<1>1, 0;"),
     Mutation("a sign of a product", r"(wgmma\.mma.*, p, 1, )1, 0, 0;", r"\g<1>-1, 0, 0;"),
     Mutation("products added to what was there", r"setp\.ne\.b32 p, (\S+), 0;", r"setp.eq.b32 p, \1, 0;"),
@@ -100,5 +100,6 @@ HOPPER = (
     Mutation("no wait for copies that go out", r"cp\.async\.bulk\.wait_group.*;", ""),
     Mutation("a group of copies that go out never closed", r"cp\.async\.bulk\.commit_group;", ""),
     Mutation("more registers than there are", r"(setmaxnreg\.inc\S*) \d+", r"\1 248"),
-    Mutation("rows of an operand closer together", r"(or\.b64\s+\S+ \S+ )4611686293305294848", r"\g<1>4611686155866341376"),
+    Mutation("rows of an operand closer together", r"(or\.b64\s+\S+ \S+ )4611686293305294848",
+             r"\g<1>4611686155866341376"),
 )  # fmt: skip

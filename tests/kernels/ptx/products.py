@@ -198,7 +198,9 @@ def _check_sum(machine: Machine, lanes: Array, names: list[int]) -> None:
     for name in names:
         missing = machine.undefined.get(name)
         if missing is not None and missing[lanes].any():
-            raise FaultError(f"adds to register {machine.kernel.registers[name][0]}, which was never written", int(lanes[0]))
+            raise FaultError(
+                f"adds to register {machine.kernel.registers[name][0]}, which was never written", int(lanes[0])
+            )
 
 
 def _define(machine: Machine, lanes: Array, name: int) -> None:

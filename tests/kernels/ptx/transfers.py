@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptx.arithmetic import is_immediate, kind_of, put, unknown
+from ptx.arithmetic import is_immediate, put, unknown
 from ptx.machine import DTYPES, Action, Barrier, Group, Machine, instruction
 from ptx.memory import FaultError
 from ptx.order import Array
