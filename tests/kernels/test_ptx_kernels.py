@@ -6,10 +6,14 @@ Nothing here ran on a GPU: docs/kernels-cuda.md says what that leaves open.
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+from emulation import kernel_sources
+from nvcc import compile_cuda
 from ptx.launches import Interpreter
+from ptx.program import parse
 
 from megatron_ledom.ops.conformance import (
     Expected,
@@ -94,3 +98,13 @@ def test_every_kernel_of_the_ptx_is_run(interpreter: Interpreter) -> None:
     """None is left out of the tests above: all head sizes, dtypes and widths are started by their launchers."""
     names = {name for module in interpreter.modules for name in module.kernels}
     assert names and names == interpreter.started
+
+
+def test_lines_of_the_source_change_no_instruction(ptx_texts: dict[str, str], tmp_path: Path) -> None:
+    """What is interpreted is compiled with `-lineinfo`; without it nvcc writes the same instructions."""
+    (source,) = (x for x in kernel_sources() if x.stem == "rope")
+    compile_cuda(source, tmp_path / "plain.ptx", "-ptx", "-arch=compute_80")
+    plain, lines = parse((tmp_path / "plain.ptx").read_text(encoding="utf-8")), parse(ptx_texts["rope"])
+    assert plain.kernels and plain.kernels.keys() == lines.kernels.keys()
+    for name, kernel in plain.kernels.items():
+        assert [x.text for x in kernel.instructions] == [x.text for x in lines.kernels[name].instructions]

@@ -61,7 +61,6 @@ class Group:
     def __init__(self, mask: Array) -> None:
         self.mask = mask
         self.lanes = np.flatnonzero(mask)
-        self.is_all = len(self.lanes) == len(mask)
 
 
 @dataclass(frozen=True)
@@ -137,6 +136,8 @@ class Machine:
             raise PtxError(f"{kernel.name}: parameters of {sizes} bytes, the PTX asks for {kernel.params}")
         if kernel.max_threads is not None and launch.threads > kernel.max_threads:
             raise PtxError(f"{kernel.name}: {launch.threads} threads, the PTX allows {kernel.max_threads}")
+        if launch.threads % 32:
+            raise PtxError(f"{kernel.name}: a block of {launch.threads} threads is not made of warps")
         self.module, self.kernel, self.launch, self.memory, self.blocks = module, kernel, launch, memory, blocks
         self.threads, self.num_lanes = launch.threads, launch.threads * len(blocks)
         self.lane_blocks = np.repeat(np.arange(len(blocks)), self.threads)
@@ -152,7 +153,7 @@ class Machine:
         self.undefined: dict[int, Array] = dict.fromkeys(range(len(self.registers)), everyone)
         self.in_flight: dict[int, Array] = {}
         self.held: dict[int, Array] = {}
-        self.barriers: dict[tuple[int, int], Barrier] = {}
+        self.barriers: dict[int, Barrier] = {}  # 16 of each block
         self.special = self._special_registers()
         self.step = 0
         self.pc = np.zeros(self.num_lanes, np.int64)

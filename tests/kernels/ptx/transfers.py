@@ -241,7 +241,7 @@ def whole_warps(group: Group) -> Array:
 
 @instruction("shfl")
 def shuffle(machine: Machine, said: Instruction) -> Action:
-    if said.opcode != "shfl.sync.bfly.b32" or is_pair(said) is None:
+    if said.opcode != "shfl.sync.bfly.b32" or len(said.operands) != 5:
         raise unknown(said)
     items = said.operands[0].items if isinstance(said.operands[0], Vector) else (said.operands[0],)
     target, is_valid = machine.target(items[0], "b32"), machine.target(items[1], "pred") if items[1:] else None
@@ -257,7 +257,3 @@ def shuffle(machine: Machine, said: Instruction) -> Action:
             put(is_valid, np.True_, group)
 
     return run
-
-
-def is_pair(said: Instruction) -> int | None:
-    return len(said.operands) if len(said.operands) == 5 else None
