@@ -71,7 +71,6 @@ AMPERE = (
     Mutation("a copy 2 bytes further on", rf"(cp\.async\.cg\S* \[{R}\], \[{R})\]", r"\1+2]"),
 )  # fmt: skip
 HOPPER = (
-    *COMMON,
     Mutation("right side of a product turned", r"(wgmma\.mma.*, p, 1, 1, 0, )0;", r"\g<1>1;"),
     Mutation("right side of a product not turned", r"(wgmma\.mma.*\}, \{.*\}, %rd\d+, \w+, 1, 1, )1;", r"\g<1>0;"),
     Mutation("left side of a product turned", r"(wgmma\.mma.*, p, 1, 1, )0, 0;", r"\g<1>1, 0;"),
@@ -91,7 +90,7 @@ HOPPER = (
     Mutation("no arrival", r"mbarrier\.arrive\.shared.*;", "", ALL),
     Mutation("bytes not expected", r"mbarrier\.arrive\.expect_tx(\S*) _, (\S+), .*;", r"mbarrier.arrive\1 _, \2;", ALL),
     Mutation("fewer bytes expected", r"(mbarrier\.arrive\.expect_tx.*), %r\d+;", r"\1, 1024;", ALL),
-    Mutation("a barrier for fewer arrivals", r"(mbarrier\.init\S* \[%r\d+\]), (%r\d+);", r"\1, 2;", ALL),
+    Mutation("a barrier for fewer arrivals", r"(mbarrier\.init\S* \[%r\d+\]), (%r\d+);", r"\1, 2;", 2),
     Mutation("new barriers not made known", r"fence\.(mbarrier_init|proxy).*;\n(\s*fence.*;)?", "", 1),
     Mutation("stores not made known to copies", r"^\s*fence\.proxy\.async.*;", "", ALL),
     Mutation("a named barrier left out", r"bar\.(sync|arrive) %r.*;", "", ALL),
@@ -102,4 +101,5 @@ HOPPER = (
     Mutation("more registers than there are", r"(setmaxnreg\.inc\S*) \d+", r"\1 248"),
     Mutation("rows of an operand closer together", r"(or\.b64\s+\S+ \S+ )4611686293305294848",
              r"\g<1>4611686155866341376"),
+    *COMMON,
 )  # fmt: skip
