@@ -74,7 +74,11 @@ def fault(kernel: str, faulty: Interpreter, case: Case) -> str | None:
             function = "ledom_attention_forward_sm90a" if "sm_90a" in kernel else "ledom_attention_forward_cuda"
             o, lse = faulty.forward(*problem.inputs, problem.mask, function)
         else:
-            gradients = list(faulty.backward(problem.inputs, problem.mask, (o, lse), problem.d_o))
+            is_of_keys = "keys" in kernel
+            other = "attention_backward_queries" if is_of_keys else "attention_backward_keys"
+            faulty = dataclasses.replace(faulty, left_out=other)
+            d_q, d_k, d_v = faulty.backward(problem.inputs, problem.mask, (o, lse), problem.d_o)
+            gradients = [gradients[0], d_k, d_v] if is_of_keys else [d_q, *gradients[1:]]
     except PtxError as error:
         return str(error)
     faults = judge(case.expected, (o, lse, *gradients)).faults
