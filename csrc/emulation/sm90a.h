@@ -17,13 +17,14 @@ namespace emulation {
 constexpr uint32_t kRowBytes = 128;  // of a box and of a panel: what the swizzle spans
 
 // [batch, head, token, column] of bf16, by the extents and strides of column, token, head, batch; strides count
-// elements. A box is box[0] columns of box[1] tokens.
-struct TensorMap {
+// elements. A box is box[0] columns of box[1] tokens. It takes the room of CUDA's CUtensorMap: parameters lie alike.
+struct alignas(128) TensorMap {
     uint16_t* data;
     int64_t sizes[4];
     int64_t strides[4];
     int box[2];
 };
+static_assert(sizeof(TensorMap) == 128, "as CUtensorMap");
 
 struct BoxCopy {
     TensorMap map;

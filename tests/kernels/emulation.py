@@ -164,16 +164,7 @@ class Emulation:
 
     def rope(self, x: torch.Tensor, y: torch.Tensor, rotation: Rotation, run: Run) -> None:
         """Write `x` turned into `y`."""
-        batch, seq, heads, head_dim = x.shape
-        params = RopeParams(
-            struct_size=ctypes.sizeof(RopeParams), version=ABI_VERSION, dtype=x.dtype == torch.bfloat16, batch=batch,
-            seq=seq, heads=heads, head_dim=head_dim, rotary_dim=2 * rotation.cosines.shape[1],
-            interleaved=rotation.interleaved, from_end=rotation.from_end, inverse=rotation.inverse,
-            num_positions=len(rotation.cosines), cosines=rotation.cosines.data_ptr(), sines=rotation.sines.data_ptr(),
-        )  # fmt: skip
-        params.doc_first, params.doc_last = (address or None for address in as_documents(rotation.documents))
-        set_tensors(params, x=x, y=y)
-        self.call("ledom_rope_cuda", params, run)
+        self.call("ledom_rope_cuda", rope_params(x, y, rotation), run)
 
 
 def attention_params(q: torch.Tensor, k: torch.Tensor, mask: AttentionMask) -> AttentionParams:
@@ -184,6 +175,19 @@ def attention_params(q: torch.Tensor, k: torch.Tensor, mask: AttentionMask) -> A
         kv_heads=k.shape[2], head_dim=head_dim, left=left, right=right, scale=1 / math.sqrt(head_dim),
     )  # fmt: skip
     params.doc_first, params.doc_last = (address or None for address in as_documents(mask.documents))
+    return params
+
+
+def rope_params(x: torch.Tensor, y: torch.Tensor, rotation: Rotation) -> RopeParams:
+    batch, seq, heads, head_dim = x.shape
+    params = RopeParams(
+        struct_size=ctypes.sizeof(RopeParams), version=ABI_VERSION, dtype=x.dtype == torch.bfloat16, batch=batch,
+        seq=seq, heads=heads, head_dim=head_dim, rotary_dim=2 * rotation.cosines.shape[1],
+        interleaved=rotation.interleaved, from_end=rotation.from_end, inverse=rotation.inverse,
+        num_positions=len(rotation.cosines), cosines=rotation.cosines.data_ptr(), sines=rotation.sines.data_ptr(),
+    )  # fmt: skip
+    params.doc_first, params.doc_last = (address or None for address in as_documents(rotation.documents))
+    set_tensors(params, x=x, y=y)
     return params
 
 
