@@ -1,0 +1,158 @@
+"""examples/slurm/train_7b.sbatch on a real Slurm with the CPU engine: signals in every phase, a crash loop, a refusal."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Job, Scripts
+
+from megatron_ledom.checkpoint import Checkpoint
+from megatron_ledom.train.metrics import TRAIN_LOSS, VALIDATION_LOSS, read_scalars
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
+
+SMALL = [
+    *(
+        "--num-layers",
+        2,
+        "--hidden-size",
+        32,
+        "--ffn-hidden-size",
+        64,
+        "--seq-length",
+        64,
+        "--max-position-embeddings",
+        64,
+    ),
+    *("--make-vocab-size-divisible-by", 64, "--micro-batch-size", 1, "--global-batch-size", 8, "--log-interval", 1),
+]
+# Evaluation after step 4 takes a few seconds, unless it is left.
+SCHEDULE = ["--train-iters", 10, "--eval-interval", 4, "--eval-iters", 150]
+
+
+@pytest.fixture
+def data(prefixes: dict[str, Path], tokenizer_folder: Path) -> dict[str, object]:
+    return {"DATA_PATH": prefixes["reverse"], "TOKENIZER": tokenizer_folder}
+
+
+def ended(job: Job) -> list[str]:
+    """Why each start of the job ended."""
+    return re.findall(r"job ended: (.*)", job.text())
+
+
+def logged_steps(text: str) -> list[int]:
+    return [int(step) for step in re.findall(r"^ \[.*iteration +(\d+)/", text, re.M)]
+
+
+def stop(job: Job, *how: str) -> str:
+    """Signal the job as Slurm does, wait for the end of this start, and return what it said."""
+    job.slurm.call("scancel", *how, job.number)
+    return job.wait_for(r"job ended: .*")
+
+
+def test_a_job_signalled_in_every_phase_ends_as_the_undisturbed_one(
+    scripts: Scripts, data: dict[str, object], tmp_path: Path
+) -> None:
+    whole = scripts.submit(
+        "train_2b.sbatch",
+        *SMALL,
+        *SCHEDULE,
+        options=("--nodes=1", "--ntasks=4"),
+        RUN_DIR=tmp_path / "whole",
+        SAVE_INTERVAL=7,
+        **data,
+    )
+    assert whole.wait() == ["COMPLETED"], whole.end()
+    assert ended(whole) == ["done (step 10)"]
+    assert whole.last_line().endswith("job ended: done (step 10)")
+
+    run = tmp_path / "run"
+    job = scripts.submit(
+        "train_7b.sbatch", *SMALL, *SCHEDULE, options=("--nodes=1", "--ntasks=2"), RUN_DIR=run, SAVE_INTERVAL=7, **data
+    )
+    batch, tasks = ("--signal=USR1", "--batch"), ("--signal=TERM",)  # as before a time limit; as at a preemption
+
+    job.wait_for("^attention: ")  # start-up
+    assert "stopped by SIGUSR1; requeued (restart 1)" in stop(job, *batch)
+    assert "run ended: SIGUSR1 during start-up" in job.text()
+
+    job.wait_for(r"iteration +2/")  # a step
+    said = stop(job, *tasks)
+    step = Checkpoint.open(run / "checkpoints").iteration
+    assert f"stopped by a signal to the tasks (step {step}); requeued (restart 2)" in said
+    assert 2 <= step <= 3, "the step under way was finished, and no evaluation begun"
+
+    job.wait_for(r"iteration +4/")  # evaluation
+    assert "(step 4); requeued (restart 3)" in stop(job, *batch)
+    assert "validation loss at iteration 4 " not in job.text(), "left before its end"
+
+    job.wait_for(r"saving checkpoint at iteration +7 ")  # a save
+    assert "(step 7); requeued (restart 4)" in stop(job, *batch)
+
+    assert job.wait() == ["COMPLETED"], job.end()
+    assert ended(job)[-1] == "done (step 10)"
+    assert logged_steps(job.text()) == list(range(1, 11)), "no step was lost, none repeated"
+
+    assert read_scalars(run, TRAIN_LOSS) == pytest.approx(read_scalars(tmp_path / "whole", TRAIN_LOSS), rel=1e-5)
+    undisturbed, found = read_scalars(tmp_path / "whole", VALIDATION_LOSS), read_scalars(run, VALIDATION_LOSS)
+    assert set(undisturbed) == {4, 8, 10}
+    assert found == pytest.approx({step: undisturbed[step] for step in (8, 10)}, rel=1e-5), "on the same samples"
+
+
+def kill_tasks(run: Path) -> None:
+    """SIGKILL the training processes of the run as soon as they are there: what the kernel does when memory is out."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = [
+            p
+            for p in psutil.process_iter(["cmdline"])
+            if str(run) in (words := p.info["cmdline"] or [])
+            and "tools/pretrain.py" in words
+            and "python" in Path(words[0]).name
+        ]
+        if found:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for process in found:
+        process.kill()
+
+
+def test_a_crash_loop_stops(scripts: Scripts, data: dict[str, object], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = scripts.submit(
+        "train_7b.sbatch", *SMALL, *SCHEDULE, options=("--nodes=1", "--ntasks=2"), RUN_DIR=run, MAX_FAILURES=2, **data
+    )
+    kill_tasks(run)
+    assert "failure 1 of 2 without progress, status 137" in job.wait_for(r"job ended: .*")
+    job.slurm.start_now(job.number)
+    kill_tasks(run)
+    assert job.wait() == ["FAILED"], job.end()
+    assert "failure 2 of 2 without progress, status 137; not started again" in job.last_line()
+    assert not list((run / "slurm").iterdir()), "submitted again by hand it may fail as often"
+
+
+def test_what_the_tool_refuses_is_not_tried_again_and_a_cancelled_job_stays_so(
+    scripts: Scripts, data: dict[str, object], tmp_path: Path
+) -> None:
+    wrong = scripts.submit(
+        "train_2b.sbatch",
+        options=("--nodes=1", "--ntasks=1"),
+        RUN_DIR=tmp_path / "a",
+        **data | {"DATA_PATH": tmp_path / "absent"},
+    )
+    cancelled = scripts.submit(
+        "train_2b.sbatch", *SMALL, options=("--nodes=1", "--ntasks=1"), RUN_DIR=tmp_path / "b", **data
+    )
+    assert wrong.wait() == ["FAILED"], wrong.end()
+    assert re.search(r"job ended: refused: error: .*absent", wrong.last_line())
+    cancelled.slurm.start_now(cancelled.number)
+    cancelled.wait_for("^attention: ")
+    cancelled.slurm.call("scancel", cancelled.number)
+    assert cancelled.wait() == ["CANCELLED"]
+    cancelled.wait_for("job ended: .*so it is not started again from here")
+    assert cancelled.slurm.field(cancelled.number, "Restarts") == "0"
