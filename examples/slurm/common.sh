@@ -85,13 +85,15 @@ launch() {
 
 check_nodes() {
   [ "$PREFLIGHT" = 1 ] || return 0
-  run_step tools/preflight.py --exclude-file "$state_file.exclude" "$@"
+  local flags
+  read -r -a flags <<<"${PREFLIGHT_FLAGS:-}"
+  run_step tools/preflight.py --exclude-file "$state_file.exclude" "${flags[@]}" "$@"
   if [ "$status" = 3 ]; then end_job "$(cat "$state_file.exclude")"; fi
   [ "$status" = 0 ] || end_job
 }
 
 train() {
-  local blend data model layout run device=${DEVICE:-cuda}
+  local blend data model layout run training device=${DEVICE:-cuda}
   require RUN_DIR DATA_PATH TOKENIZER
   read -r -a blend <<<"$DATA_PATH"
   data=(--data-path "${blend[@]}" --tokenizer-type "${TOKENIZER_TYPE:-HuggingFaceTokenizer}" --tokenizer-model "$TOKENIZER")
@@ -100,8 +102,9 @@ train() {
   run=(--run-dir "$RUN_DIR" --save-interval "${SAVE_INTERVAL:-250}")
   # shellcheck disable=SC2329  # end_job calls it
   progress() { sed 's/^/step /' "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || true; }
-  check_nodes --device "$device" "${data[@]}" "${run[@]:0:2}" "${model[@]:0:2}"
-  launch tools/pretrain.py "${model[@]}" "${layout[@]}" "${data[@]}" "${run[@]}" "${@:3}"
+  training=("${model[@]}" "${layout[@]}" "${data[@]}" "${run[@]}" "${@:3}")
+  check_nodes --device "$device" -- "${training[@]}"
+  launch tools/pretrain.py "${training[@]}"
 }
 
 if [ "${DRY_RUN:-0}" != 1 ]; then

@@ -42,7 +42,7 @@ class Job:
         while not (match := re.compile(pattern, re.M).search(self.text(), self.seen)):
             states = self.slurm.states(self.number)
             assert time.monotonic() < deadline and "COMPLETED" not in states, f"no {pattern!r}: {states}\n{self.end()}"
-            if states == ["PENDING"]:
+            if states == ["PENDING"] and self.slurm.field(self.number, "Restarts") != "0":
                 self.slurm.start_now(self.number)
             time.sleep(0.05)
         self.seen = match.end()

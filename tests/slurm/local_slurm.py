@@ -125,7 +125,11 @@ class LocalSlurm:
         return "\n".join(f"{name}: {path.read_text()[-2000:]}" for path, name in texts if path.exists())
 
     def stop(self) -> None:
-        """End the daemons, the last one started first, and wait until they are gone."""
+        """End what still runs in jobs, then the daemons, the last one started first, and wait until they are gone."""
+        self.call("scancel", "--user=root", is_checked=False)
+        deadline = time.monotonic() + 30
+        while self.call("squeue", "--noheader", is_checked=False).strip() and time.monotonic() < deadline:
+            time.sleep(0.2)
         for name in sorted(DAEMONS, key=DAEMONS.index, reverse=True):
             path = self.folder / f"{name}.pid"
             if not path.is_file():
@@ -173,7 +177,12 @@ class LocalSlurm:
         return re.findall(r"\bJobState=(\S+)", self.call("scontrol", "show", "job", "--oneliner", job))
 
     def start_now(self, job: int) -> None:
-        """Start a requeued job at once; Slurm would wait for its credential to expire."""
+        """Start a requeued job soon; Slurm would wait until the credential of its last start has expired.
+
+        The two seconds matter: a credential made in the second in which the old one was revoked counts as
+        revoked, and the job fails with "Job credential revoked" without having run.
+        """
+        time.sleep(2)
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now", is_checked=False)
 
     def wait(self, job: int, timeout_s: float = 900) -> list[str]:

@@ -1,4 +1,4 @@
-"""examples/slurm/train_7b.sbatch on a real Slurm with the CPU engine: signals in every phase, a crash loop, a refusal."""
+"""The training scripts on a real Slurm with the CPU engine: signals in every phase, a crash loop, a refusal."""
 
 from __future__ import annotations
 
@@ -150,7 +150,6 @@ def test_what_the_tool_refuses_is_not_tried_again_and_a_cancelled_job_stays_so(
     )
     assert wrong.wait() == ["FAILED"], wrong.end()
     assert re.search(r"job ended: refused: error: .*absent", wrong.last_line())
-    cancelled.slurm.start_now(cancelled.number)
     cancelled.wait_for("^attention: ")
     cancelled.slurm.call("scancel", cancelled.number)
     assert cancelled.wait() == ["CANCELLED"]
