@@ -27,6 +27,7 @@ import os
 import signal
 import sys
 import threading
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -51,6 +52,10 @@ class StopRequest:
         Call it from the main thread before anything heavy is imported: a thread that numpy or torch has started
         before would not block them, and the process would die of the first one.
         """
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        # The first process that multiprocessing spawns brings its resource tracker, and starting that ends with
+        # SIGTERM unblocked, in this thread and in all that it starts later. So it is started now.
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
