@@ -1,5 +1,6 @@
 # Two commands for people, `make quickstart` and `make test`; `make help` lists the rest.
 PY := .venv/bin/python
+JOBS := 2
 
 .DEFAULT_GOAL := help
 .PHONY: help env quickstart test lint format clean
@@ -13,8 +14,8 @@ env:  ## make or mend .venv (PYTHON=/path/to/python3.12 chooses the interpreter)
 quickstart: env  ## text -> reverse model -> earlier text and a reranked answer, on this machine; ARGS="--help" lists its options
 	@$(PY) examples/quickstart/quickstart.py $(ARGS)
 
-test: env lint  ## every check that continuous integration runs; ARGS="-k direction" selects tests
-	@$(PY) -m pytest $(ARGS)
+test: env lint  ## every check that continuous integration runs; ARGS="-k direction" selects tests, JOBS=0 uses one process
+	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: env  ## formatter, linter, type checker
 	@$(PY) -m ruff format --check .

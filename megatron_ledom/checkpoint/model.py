@@ -155,7 +155,7 @@ def start_one_rank() -> None:
 
 
 def _one_rank_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    from megatron_ledom.engine.arguments import CPU_DEFAULTS
+    from megatron_ledom.engine.device import CPU_DEFAULTS
 
     changed = copy.copy(args)
     for name, value in vars(args).items():

@@ -20,23 +20,9 @@ from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.engine.budget import as_data_path, parse_budgets
-from megatron_ledom.engine.device import Device
+from megatron_ledom.engine.device import Device, device_defaults, has_transformer_engine
 from megatron_ledom.engine.presets import BOOKKEEPING, PRESETS, get_preset
 from megatron_ledom.errors import UsageError
-
-CPU_DEFAULTS: dict[str, Any] = {
-    # What the CPU engine needs: gloo, Megatron's local layers, none of the CUDA-only fused kernels.
-    "distributed_backend": "gloo",
-    "transformer_impl": "local",
-    "use_cpu_initialization": True,
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "bias_gelu_fusion": False,
-    "bias_swiglu_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
-    "no_persist_layer_norm": True,
-}
 
 SUPERSEDED_BY: dict[str, tuple[str, ...]] = {
     # Naming the key on the command line drops these preset defaults: Megatron wants one or the other.
@@ -207,8 +193,7 @@ def build_defaults(
         defaults["tensorboard_dir"] = str(front.run_dir / "tensorboard")
         if (front.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").is_file():
             defaults["load"] = defaults["save"]
-    if device == "cpu":
-        defaults |= CPU_DEFAULTS
+    defaults |= device_defaults(device, has_transformer_engine())
     return defaults
 
 
@@ -324,6 +309,8 @@ def check_arguments(args: argparse.Namespace, device: Device) -> None:
         check(args)
     if device == "cpu":
         _check_cpu(args)
+    elif not has_transformer_engine():
+        _check_without_transformer_engine(args)
 
 
 def _check_required(args: argparse.Namespace) -> None:
@@ -435,6 +422,21 @@ def _check_cpu(args: argparse.Namespace) -> None:
     for flag, is_asked in unavailable.items():
         if is_asked:
             raise UsageError(f"{flag} is not available with the CPU engine: drop it, or run with --device cuda")
+
+
+def _check_without_transformer_engine(args: argparse.Namespace) -> None:
+    needs_it = {
+        f"--transformer-impl {args.transformer_impl}": args.transformer_impl != "local",
+        "--fp8-format": args.fp8 is not None,
+        "--fp4-format": getattr(args, "fp4", None) is not None,
+    }
+    for flag, is_asked in needs_it.items():
+        if is_asked:
+            raise UsageError(
+                f"{flag} needs Transformer Engine, which this Python cannot import. Install it for this torch "
+                "(`pip install --no-build-isolation 'transformer-engine[pytorch]'`, or NVIDIA's PyTorch container, "
+                "which has it), or drop the flag: Megatron's local layers then take its place"
+            )
 
 
 def _check_names(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:

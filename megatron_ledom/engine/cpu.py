@@ -1,4 +1,4 @@
-"""Megatron without CUDA: the one place with patches.
+"""Megatron without CUDA: the one place with patches, but for `wheel`.
 
 `install()` makes megatron-core's unchanged `pretrain()` run on the CPU with gloo;
 `restore()` puts every replaced object back. Nothing happens at import, and a run on a
@@ -12,7 +12,6 @@ What is replaced, and why (measured with megatron-core 0.19.2, torch 2.13):
     Tensor.type               Megatron's optimizers accept parameters by the name 'torch.cuda.FloatTensor'
     megatron RNG helpers      their device is a literal too
     megatron Adam             see `cpu_adam`
-    compile_helpers           the wheel ships the compiled helper but no Makefile to check it with
     initialize_megatron       called with allow_no_cuda=True, which `pretrain()` does not pass on
 
 It owns no training logic: what runs afterwards is Megatron's own code.
@@ -261,8 +260,6 @@ def _patch_tensor() -> None:
 
 
 def _patch_megatron() -> None:
-    import megatron.core.datasets.helpers_cpp  # noqa: F401 - compiled, in the wheel: fail here if it is not
-    import megatron.core.datasets.utils as dataset_utils
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
     import megatron.core.tensor_parallel.random as megatron_random
@@ -273,7 +270,6 @@ def _patch_megatron() -> None:
 
     _replace(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
-    _replace(dataset_utils, "compile_helpers", _nothing)
     _replace(optimizer, "Adam", CpuAdamW)
     _replace(optimizer, "USING_PYTORCH_OPTIMIZER", False)
     _replace(distrib_optimizer, "Adam", CpuAdamW)

@@ -1,12 +1,35 @@
-"""Which device a run uses: CUDA where there is one, otherwise the CPU engine."""
+"""Which device a run uses, CUDA where there is one, otherwise the CPU engine, and the defaults that it needs."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_ledom.errors import UsageError
 
 Device = Literal["cpu", "cuda"]
+
+CPU_DEFAULTS: dict[str, Any] = {
+    # What the CPU engine needs: gloo, Megatron's local layers, none of the CUDA-only fused kernels.
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "no_persist_layer_norm": True,
+}
+
+CUDA_LOCAL_DEFAULTS: dict[str, Any] = {
+    # CUDA without Transformer Engine: Megatron's local layers, and none of the kernels that it or Apex brings.
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "no_persist_layer_norm": True,
+}
 
 
 def resolve_device(asked: str) -> Device:
@@ -28,3 +51,17 @@ def resolve_device(asked: str) -> Device:
             "Check the driver with nvidia-smi, or run with --device cpu"
         )
     return "cpu"
+
+
+def device_defaults(device: Device, with_transformer_engine: bool) -> dict[str, Any]:
+    """Return the defaults (Megatron argument to value) that a device and what is installed ask for."""
+    if device == "cpu":
+        return CPU_DEFAULTS
+    return {} if with_transformer_engine else CUDA_LOCAL_DEFAULTS
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron could import Transformer Engine; it decides by the same variable."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ledom.data.order import EPOCHS
 from megatron_ledom.data.tokenizers import check_engine_tokenizer
-from megatron_ledom.engine import cpu
+from megatron_ledom.engine import cpu, wheel
 from megatron_ledom.engine.arguments import (
     build_front_parser,
     parse_arguments,
@@ -67,6 +67,7 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
         return 0
     if device == "cpu":
         cpu.install()
+    wheel.use_compiled_helpers()
     from megatron.training import get_tokenizer
 
     from megatron_ledom.model.attention import plan_attention
@@ -140,6 +141,10 @@ def run_pretraining(
         *(args.direction, args.device, args.tensor_model_parallel_size, args.pipeline_model_parallel_size),
         *(args.data_parallel_size, args.run_dir),
     )
+    if args.device == "cuda" and args.transformer_impl == "local":
+        get_logger(__name__).warning(
+            "Megatron's local layers: without Transformer Engine there is no FP8 and attention may be slow"
+        )
     get_logger(__name__).info("attention: %s (%s)", plan.kind, plan.reason)
     get_logger(__name__).info("%s", describe_kernels())
     model_config = gpt_config_from_args(args)

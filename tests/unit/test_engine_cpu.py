@@ -1,4 +1,4 @@
-"""The CPU engine: patches only when asked, all of them taken back, and none on a CUDA run."""
+"""The CPU engine: patches only when asked, all of them taken back, and one only on a CUDA run."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ print("equal")
     assert "equal" in out
 
 
-def test_a_cuda_run_is_not_patched(tmp_path: Path) -> None:
+def test_a_cuda_run_has_one_patch(tmp_path: Path) -> None:
     # torch is told that there is a GPU; the run then goes as far as it can without one.
     out = run_script(f"""
 before = snapshot()
@@ -106,7 +106,10 @@ except Exception as error:
     print("stopped by", type(error).__name__, str(error)[:200])
 torch.cuda.is_available = original
 assert not cpu.is_installed()
-assert changed(before, snapshot()) == [], changed(before, snapshot())
+found = [name for name in changed(before, snapshot()) if not name.endswith("._TRAIN_START_TIME")]  # pretrain()'s clock
+assert found == ["megatron.core.datasets.utils.compile_helpers"], found
+from megatron.core.datasets.utils import compile_helpers
+compile_helpers()  # Megatron's own would end the process: there is no Makefile in its wheel
 from megatron.training import get_args
 print("backend", get_args().distributed_backend, "device", get_args().device)
 """)

@@ -7,14 +7,15 @@ import argparse
 import pytest
 
 from megatron_ledom.engine.arguments import (
-    CPU_DEFAULTS,
     _add_negations,
+    _check_without_transformer_engine,
     add_ledom_arguments,
     build_defaults,
     build_front_parser,
     check_arguments,
     named_on_command_line,
 )
+from megatron_ledom.engine.device import CPU_DEFAULTS, CUDA_LOCAL_DEFAULTS, device_defaults
 from megatron_ledom.engine.presets import PRESETS, count_parameters, get_preset
 from megatron_ledom.errors import UsageError
 
@@ -76,7 +77,14 @@ def defaults_for(*argv: str, device: str = "cpu", named: set[str] | None = None)
 
 def test_the_device_decides_the_engines_arguments() -> None:
     assert CPU_DEFAULTS.items() <= defaults_for("--preset", "tiny").items()
-    assert not CPU_DEFAULTS.keys() & defaults_for("--preset", "tiny", device="cuda").keys()
+    assert "distributed_backend" not in defaults_for("--preset", "tiny", device="cuda")
+
+
+def test_without_transformer_engine_cuda_takes_megatrons_own_layers() -> None:
+    assert device_defaults("cuda", True) == {}
+    assert device_defaults("cuda", False) == CUDA_LOCAL_DEFAULTS
+    assert device_defaults("cpu", True) == CPU_DEFAULTS
+    assert CUDA_LOCAL_DEFAULTS.items() <= CPU_DEFAULTS.items()  # the same layers; the rest is the CPU's
 
 
 def test_sample_based_training_supersedes_the_presets_iterations() -> None:
@@ -181,3 +189,13 @@ def test_what_cannot_run_is_refused_in_words(case: str) -> None:
     with pytest.raises(UsageError) as refusal:
         check_arguments(arguments(**changes), "cpu")
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [({"fp8": "hybrid"}, "--fp8-format"), ({"transformer_impl": "transformer_engine"}, "--transformer-impl")],
+)
+def test_what_needs_transformer_engine_is_refused_without_it(changes: dict[str, object], flag: str) -> None:
+    _check_without_transformer_engine(arguments())
+    with pytest.raises(UsageError, match=f"^{flag}.* needs Transformer Engine, .* Install it for this torch"):
+        _check_without_transformer_engine(arguments(**changes))
