@@ -28,10 +28,10 @@ SMALL = [
         "--max-position-embeddings",
         64,
     ),
-    *("--make-vocab-size-divisible-by", 64, "--micro-batch-size", 1, "--global-batch-size", 8, "--log-interval", 1),
+    *("--make-vocab-size-divisible-by", 64, "--micro-batch-size", 1, "--global-batch-size", 16, "--log-interval", 1),
 ]
-# Evaluation after step 4 takes a few seconds, unless it is left.
-SCHEDULE = ["--train-iters", 10, "--eval-interval", 4, "--eval-iters", 150]
+# Evaluation after step 20 takes a second or more, unless it is left.
+SCHEDULE = ["--train-iters", 30, "--eval-interval", 20, "--eval-iters", 150]
 
 
 @pytest.fixture
@@ -63,16 +63,16 @@ def test_a_job_signalled_in_every_phase_ends_as_the_undisturbed_one(
         *SCHEDULE,
         options=("--nodes=1", "--ntasks=4"),
         RUN_DIR=tmp_path / "whole",
-        SAVE_INTERVAL=7,
+        SAVE_INTERVAL=27,
         **data,
     )
     assert whole.wait() == ["COMPLETED"], whole.end()
-    assert ended(whole) == ["done (step 10)"]
-    assert whole.last_line().endswith("job ended: done (step 10)")
+    assert ended(whole) == ["done (step 30)"]
+    assert whole.last_line().endswith("job ended: done (step 30)")
 
     run = tmp_path / "run"
     job = scripts.submit(
-        "train_7b.sbatch", *SMALL, *SCHEDULE, options=("--nodes=1", "--ntasks=2"), RUN_DIR=run, SAVE_INTERVAL=7, **data
+        "train_7b.sbatch", *SMALL, *SCHEDULE, options=("--nodes=1", "--ntasks=2"), RUN_DIR=run, SAVE_INTERVAL=27, **data
     )
     batch, tasks = ("--signal=USR1", "--batch"), ("--signal=TERM",)  # as before a time limit; as at a preemption
 
@@ -84,23 +84,27 @@ def test_a_job_signalled_in_every_phase_ends_as_the_undisturbed_one(
     said = stop(job, *tasks)
     step = Checkpoint.open(run / "checkpoints").iteration
     assert f"stopped by a signal to the tasks (step {step}); requeued (restart 2)" in said
-    assert 2 <= step <= 3, "the step under way was finished, and no evaluation begun"
+    assert step == max(logged_steps(job.text())), "the step under way was finished, saved, and no other begun"
+    assert 2 <= step < 20
 
-    job.wait_for(r"iteration +4/")  # evaluation
-    assert "(step 4); requeued (restart 3)" in stop(job, *batch)
-    assert "validation loss at iteration 4 " not in job.text(), "left before its end"
+    job.wait_for(r"iteration +20/")  # evaluation
+    assert "(step 20); requeued (restart 3)" in stop(job, *batch)
+    assert "validation loss at iteration 20 " not in job.text(), "left before its end"
 
-    job.wait_for(r"saving checkpoint at iteration +7 ")  # a save
-    assert "(step 7); requeued (restart 4)" in stop(job, *batch)
+    job.wait_for(r"saving checkpoint at iteration +27 ")  # a save
+    said = stop(job, *batch)
+    step = Checkpoint.open(run / "checkpoints").iteration
+    assert f"(step {step}); requeued (restart 4)" in said
+    assert 27 <= step < 30
 
     assert job.wait() == ["COMPLETED"], job.end()
-    assert ended(job)[-1] == "done (step 10)"
-    assert logged_steps(job.text()) == list(range(1, 11)), "no step was lost, none repeated"
+    assert ended(job)[-1] == "done (step 30)"
+    assert logged_steps(job.text()) == list(range(1, 31)), "no step was lost, none repeated"
 
     assert read_scalars(run, TRAIN_LOSS) == pytest.approx(read_scalars(tmp_path / "whole", TRAIN_LOSS), rel=1e-5)
     undisturbed, found = read_scalars(tmp_path / "whole", VALIDATION_LOSS), read_scalars(run, VALIDATION_LOSS)
-    assert set(undisturbed) == {4, 8, 10}
-    assert found == pytest.approx({step: undisturbed[step] for step in (8, 10)}, rel=1e-5), "on the same samples"
+    assert set(undisturbed) == {20, 30}
+    assert found == pytest.approx({30: undisturbed[30]}, rel=1e-5), "on the same samples"
 
 
 def kill_tasks(run: Path) -> None:
