@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import importlib.metadata
 import io
 import subprocess
 from collections.abc import Sequence
@@ -94,7 +96,7 @@ def check_transformer_engine(node: str) -> list[Finding]:
     import torch
 
     try:
-        import transformer_engine.pytorch as te
+        te = importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         text = f"cannot be imported ({reason}): training on CUDA needs it, or --transformer-impl local"
@@ -106,7 +108,7 @@ def check_transformer_engine(node: str) -> list[Finding]:
         torch.cuda.synchronize()
     except RuntimeError as error:
         return [Finding("Transformer Engine", Level.BAD, f"a linear layer fails: {str(error)[:200]}", node)]
-    version = getattr(__import__("transformer_engine"), "__version__", "of unknown version")
+    version = importlib.metadata.version("transformer-engine")
     findings = [Finding("Transformer Engine", Level.OK, f"{version}: a linear layer ran forward and backward in bf16")]
     if torch.cuda.get_device_capability() < (8, 9):
         return [*findings, Finding("FP8", Level.NOTE, "this GPU has none (compute capability below 8.9)")]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-
-import psutil
 
 from megatron_ledom.testing import REPOSITORY, run_tool, tool_environment
 
@@ -89,18 +86,8 @@ def test_nodes_are_compared_and_bad_ones_excluded(tmp_path: Path) -> None:
     assert exclude.read_text() == "node0,node1\n"
 
 
-def test_who_never_came_and_who_is_stopped_is_said_when_time_is_up() -> None:
-    status, report = Ranks("--timeout-s", 30).start(0, 1, 3).result()
+def test_who_never_came_is_said_when_time_is_up() -> None:
+    status, report = Ranks("--timeout-s", 5).start(0).result()
     assert status == 2
-    assert "ranks [2] never started" in report
-
-    ranks = Ranks("--timeout-s", 45).start(0, 3)
-    last = psutil.Process(ranks.processes[3].pid)
-    while sum(c.status == psutil.CONN_ESTABLISHED for c in last.net_connections()) < 2:  # it waits for ranks 1 and 2
-        time.sleep(0.05)
-    time.sleep(1)
-    last.suspend()
-    status, report = ranks.start(1, 2).result()
-    assert status == 3, report
-    assert "bad         time [node1]: rank 3 gives no sign of life since " in report
-    assert report.splitlines()[-1] == "--exclude=node1"
+    assert "not checked time: not finished within 5 s" in report
+    assert "bad         time: ranks [1, 2, 3] never started" in report
