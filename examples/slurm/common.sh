@@ -16,6 +16,9 @@ set -a
 set +a
 cd "$LEDOM_HOME"
 job=${SLURM_JOB_ID:-0} restarts=${SLURM_RESTART_COUNT:-0} step="" stopped_by="" status=0
+number=$job
+# The last task of an array has the whole array's number: by that name all tasks would be looked up, and requeued.
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 state_file=${STATE_DIR:-$LEDOM_HOME/runs/slurm}/job-$job
 # shellcheck source=examples/slurm/end_job.sh
 . "$LEDOM_HOME/examples/slurm/end_job.sh"
@@ -28,7 +31,7 @@ require() {
 }
 
 # Rendezvous on the job's first node. The port lies below the ephemeral ones and changes with job and restart.
-export MASTER_ADDR=localhost MASTER_PORT=$((15000 + (job * 7 + restarts) % 15000))
+export MASTER_ADDR=localhost MASTER_PORT=$((15000 + (number * 7 + restarts) % 15000))
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   MASTER_ADDR=${nodes[0]}
@@ -67,7 +70,7 @@ run_step() {
     echo
     return
   fi
-  [ -z "$stopped_by" ] || end_job # asked to stop before the step began
+  [ -z "$stopped_by" ] || { status=75; end_job; } # before the step began
   "${command[@]}" &
   step=$!
   while :; do # wait comes back for every signal, too

@@ -36,7 +36,7 @@ end_job() {
   local failures=0 idle=0 before="" now reason error nodes=${1:-} preempted
   if [ "${DRY_RUN:-0}" = 1 ]; then exit 0; fi
   now=$(progress)
-  [ "$status" != 0 ] || [ -n "$stopped_by$nodes" ] || { rm -f "$state_file"; end_with 0 "done${now:+ ($now)}"; }
+  [ "$status" != 0 ] || { rm -f "$state_file"; end_with 0 "done${now:+ ($now)}"; }
   trap '' USR1 # it has been heard
   if [ -f "$state_file" ]; then { read -r failures idle; IFS= read -r before || true; } <"$state_file"; fi
   [ "$now" = "$before" ] || failures=0 idle=0

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 from local_slurm import LocalSlurm
 
@@ -59,6 +60,21 @@ class Job:
     def last_line(self) -> str:
         """The last line of the log."""
         return self.text().rstrip("\n").rsplit("\n", 1)[-1]
+
+
+def wait_for_tasks(*words: str) -> list[psutil.Process]:
+    """Wait for Python processes whose command lines hold all `words`, and return them."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            line = process.info["cmdline"] or [""]
+            if "python" in Path(line[0]).name and set(words) <= set(line):
+                found.append(process)
+        if found:
+            return found
+        time.sleep(0.01)
+    raise AssertionError(f"no process with {words}")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Scripts
+from conftest import Scripts, wait_for_tasks
 
 from megatron_ledom.testing import english_documents
 
@@ -22,6 +22,8 @@ def test_an_array_preprocesses_and_joins(
     variables = {"INPUT": corpus, "OUTPUT_PREFIX": tmp_path / "data/shared", "TOKENIZER": tokenizer_folder}
     (tmp_path / "data").mkdir()
     array = scripts.submit("preprocess_array.sbatch", options=(f"--array=0-{num_shares - 1}",), **variables)
+    wait_for_tasks("tools/preprocess_data.py", str(variables["OUTPUT_PREFIX"]), "--shard-index", "1")
+    scripts.slurm.call("scancel", "--signal=USR1", "--batch", f"{array.number}_1")  # one task, as at a time limit
     merge = scripts.submit(
         "preprocess_array.sbatch",
         options=("--array=0", f"--dependency=afterok:{array.number}"),
@@ -30,6 +32,9 @@ def test_an_array_preprocesses_and_joins(
     )
     assert merge.wait() == ["COMPLETED"], merge.end()
     assert array.wait() == ["COMPLETED"] * num_shares
+    shown = scripts.slurm.call("scontrol", "show", "job", "--oneliner", f"{array.number}_1")
+    assert "Restarts=1" in shown, "the task that was signalled, and no other, went on later"
+    assert scripts.slurm.call("scontrol", "show", "job", "--oneliner", array.number).count("Restarts=1") == 1
     for share in range(num_shares):
         log = (tmp_path / f"{array.number}-{share}.log").read_text()
         assert f"share {share} of {num_shares} is done" in log

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import Job, Scripts
+from conftest import Job, Scripts, wait_for_tasks
 
 from megatron_ledom.checkpoint import Checkpoint
 from megatron_ledom.train.metrics import TRAIN_LOSS, VALIDATION_LOSS, read_scalars
@@ -48,9 +46,15 @@ def logged_steps(text: str) -> list[int]:
     return [int(step) for step in re.findall(r"^ \[.*iteration +(\d+)/", text, re.M)]
 
 
-def stop(job: Job, *how: str) -> str:
-    """Signal the job as Slurm does, wait for the end of this start, and return what it said."""
-    job.slurm.call("scancel", *how, job.number)
+def near_its_limit(job: Job) -> str:
+    """Signal the batch script as Slurm does before the time limit, and return what this start says in the end."""
+    job.slurm.call("scancel", "--signal=USR1", "--batch", job.number)
+    return job.wait_for(r"job ended: .*")
+
+
+def signal_tasks(job: Job) -> str:
+    """Signal the tasks and not the batch script, as at a preemption; return what this start says in the end."""
+    job.slurm.call("scancel", "--signal=TERM", job.number)
     return job.wait_for(r"job ended: .*")
 
 
@@ -74,25 +78,24 @@ def test_a_job_signalled_in_every_phase_ends_as_the_undisturbed_one(
     job = scripts.submit(
         "train_7b.sbatch", *SMALL, *SCHEDULE, options=("--nodes=1", "--ntasks=2"), RUN_DIR=run, SAVE_INTERVAL=27, **data
     )
-    batch, tasks = ("--signal=USR1", "--batch"), ("--signal=TERM",)  # as before a time limit; as at a preemption
 
     job.wait_for("^attention: ")  # start-up
-    assert "stopped by SIGUSR1; requeued (restart 1)" in stop(job, *batch)
+    assert "stopped by SIGUSR1; requeued (restart 1)" in near_its_limit(job)
     assert "run ended: SIGUSR1 during start-up" in job.text()
 
     job.wait_for(r"iteration +2/")  # a step
-    said = stop(job, *tasks)
+    said = signal_tasks(job)
     step = Checkpoint.open(run / "checkpoints").iteration
     assert f"stopped by a signal to the tasks (step {step}); requeued (restart 2)" in said
     assert step == max(logged_steps(job.text())), "the step under way was finished, saved, and no other begun"
     assert 2 <= step < 20
 
     job.wait_for(r"iteration +20/")  # evaluation
-    assert "(step 20); requeued (restart 3)" in stop(job, *batch)
+    assert "(step 20); requeued (restart 3)" in near_its_limit(job)
     assert "validation loss at iteration 20 " not in job.text(), "left before its end"
 
     job.wait_for(r"saving checkpoint at iteration +27 ")  # a save
-    said = stop(job, *batch)
+    said = near_its_limit(job)
     step = Checkpoint.open(run / "checkpoints").iteration
     assert f"(step {step}); requeued (restart 4)" in said
     assert 27 <= step < 30
@@ -109,20 +112,7 @@ def test_a_job_signalled_in_every_phase_ends_as_the_undisturbed_one(
 
 def kill_tasks(run: Path) -> None:
     """SIGKILL the training processes of the run as soon as they are there: what the kernel does when memory is out."""
-    deadline = time.monotonic() + 60
-    while True:
-        found = [
-            p
-            for p in psutil.process_iter(["cmdline"])
-            if str(run) in (words := p.info["cmdline"] or [])
-            and "tools/pretrain.py" in words
-            and "python" in Path(words[0]).name
-        ]
-        if found:
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    for process in found:
+    for process in wait_for_tasks("tools/pretrain.py", str(run)):
         process.kill()
 
 
@@ -140,22 +130,25 @@ def test_a_crash_loop_stops(scripts: Scripts, data: dict[str, object], tmp_path:
     assert not list((run / "slurm").iterdir()), "submitted again by hand it may fail as often"
 
 
-def test_what_the_tool_refuses_is_not_tried_again_and_a_cancelled_job_stays_so(
+def test_what_the_tool_refuses_is_not_tried_again(scripts: Scripts, data: dict[str, object], tmp_path: Path) -> None:
+    absent = data | {"DATA_PATH": tmp_path / "absent"}
+    job = scripts.submit("train_2b.sbatch", options=("--nodes=1", "--ntasks=1"), RUN_DIR=tmp_path / "run", **absent)
+    assert job.wait() == ["FAILED"], job.end()
+    assert re.search(r"job ended: refused: error: .*absent", job.last_line())
+    assert job.slurm.field(job.number, "Restarts") == "0"
+
+
+def test_a_preempted_job_comes_back_and_a_cancelled_one_does_not(
     scripts: Scripts, data: dict[str, object], tmp_path: Path
 ) -> None:
-    wrong = scripts.submit(
-        "train_2b.sbatch",
-        options=("--nodes=1", "--ntasks=1"),
-        RUN_DIR=tmp_path / "a",
-        **data | {"DATA_PATH": tmp_path / "absent"},
-    )
-    cancelled = scripts.submit(
-        "train_2b.sbatch", *SMALL, options=("--nodes=1", "--ntasks=1"), RUN_DIR=tmp_path / "b", **data
-    )
-    assert wrong.wait() == ["FAILED"], wrong.end()
-    assert re.search(r"job ended: refused: error: .*absent", wrong.last_line())
-    cancelled.wait_for("^attention: ")
-    cancelled.slurm.call("scancel", cancelled.number)
-    assert cancelled.wait() == ["CANCELLED"]
-    cancelled.wait_for("job ended: .*so it is not started again from here")
-    assert cancelled.slurm.field(cancelled.number, "Restarts") == "0"
+    job = scripts.submit("train_2b.sbatch", options=("--nodes=1", "--ntasks=1"), RUN_DIR=tmp_path / "run", **data)
+    job.wait_for(r"CUDA_HOME|^attention: ")  # the first thing that torch, or the run, says
+    whole_node = ("--ntasks=16", "--output=/dev/null", "--wrap=true")
+    job.slurm.call("sbatch", "--partition=urgent", *whole_node)
+    assert "stopped by SIGTERM of a preemption; requeued (restart 1)" in job.wait_for("job ended: .*")
+
+    job.wait_for(r"CUDA_HOME|^attention: ")
+    job.slurm.call("scancel", job.number)
+    assert job.wait() == ["CANCELLED"]
+    assert "so it is not started again from here" in job.wait_for("job ended: .*")
+    assert job.slurm.field(job.number, "Restarts") == "1"
