@@ -2,7 +2,7 @@
 # log, "job ended: " and why. (Not where the node dies, or Slurm kills this shell with SIGKILL: then it is the log that ends.)
 #
 #   status 0     done
-#   status 2, or a line "error: ..." of a tool: refused in words; starting again would change nothing
+#   status 2, or a line "error: ..." of a tool: refused in words; starting again would change nothing (but for a hang)
 #   status 75    the tasks were asked to stop and saved (megatron_ledom/train/lifecycle.py): started again
 #   others       a failure: started again, unless it is the MAX_FAILURES-th without progress
 # shellcheck shell=bash disable=SC2154  # variables of common.sh
@@ -26,9 +26,12 @@ if [ "$job" != 0 ]; then
   log_start=$(stat -c %s "$log" 2>/dev/null) || log_start=0
 fi
 
-# The last line of this start's log in which a tool, or Python, names an error.
+# The first line of this start's log in which a tool says "error: ", else the last in which Python names an exception.
 last_error() {
-  { tail -c "+$((log_start + 1))" "$log" | grep -E '^(\[rank [0-9]+\] )?(error|[A-Za-z_.]*(Error|Exception)): ' | tail -n 1 | cut -c -400; } 2>/dev/null || true
+  local found
+  found=$(tail -c "+$((log_start + 1))" "$log" 2>/dev/null | sed 's/^\[rank [0-9]*\] //' |
+    grep -E '^(error|[A-Za-z_.]*(Error|Exception)): ' | cut -c -400) || true
+  grep -m 1 '^error: ' <<<"$found" || tail -n 1 <<<"$found"
 }
 
 # end_job [NODES]: the step ended with `status`; NODES are to be left out of the next start.
@@ -47,7 +50,7 @@ end_job() {
     failures=$((failures + 1)) reason="bad nodes: $nodes"
   elif [ "$status" = 75 ] || [ -n "$stopped_by" ]; then
     idle=$((idle + 1)) reason="stopped by ${stopped_by:-a signal to the tasks}${now:+ ($now)}"
-  elif [ "$status" = 2 ] || [[ $error == "error: "* ]]; then
+  elif [ "$status" = 2 ] || [[ $error == "error: "* && $error != "error: hang: "* ]]; then
     end_with 2 "refused: $error"
   else
     failures=$((failures + 1)) reason="failure $failures of $MAX_FAILURES without progress, status $status${error:+, $error}"
