@@ -89,7 +89,7 @@ class Scripts:
         venv = Path(sys.executable).parent.parent
         env = {"VENV": str(venv), "RUNTIME": "venv", "DEVICE": "cpu", "PRESET": "tiny", "TP": "1", "PREFLIGHT": "0"}
         env |= {name: str(value) for name, value in variables.items()}
-        options = ("--cpus-per-task=1", "--output", self.folder / "%j-%a.log", *options)
+        options = ("--cpus-per-task=1", "--output", self.folder / "%A-%a.log", *options)
         number = self.slurm.submit(f"examples/slurm/{script}", *flags, options=options, env=env)
         task = next(
             (str(o).removeprefix("--array=").split("-")[0] for o in options if "--array=" in str(o)), "4294967294"
