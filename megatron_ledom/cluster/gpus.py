@@ -116,7 +116,7 @@ def check_transformer_engine(node: str) -> list[Finding]:
         with te.fp8_autocast(enabled=True):
             layer(given).sum().backward()
         torch.cuda.synchronize()
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, AttributeError) as error:
         return [
             *findings,
             Finding("FP8", Level.NOTE, f"the layer fails, as --fp8-format would: {str(error)[:200]}", node),
