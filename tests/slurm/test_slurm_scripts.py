@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Scripts, wait_for_tasks
+from slurm_jobs import Scripts, wait_for_tasks
 
 from megatron_ledom.testing import english_documents
 

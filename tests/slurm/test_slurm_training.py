@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import Job, Scripts, wait_for_tasks
+from slurm_jobs import Job, Scripts, wait_for_tasks
 
 from megatron_ledom.checkpoint import Checkpoint
 from megatron_ledom.train.metrics import TRAIN_LOSS, VALIDATION_LOSS, read_scalars
