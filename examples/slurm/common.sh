@@ -111,7 +111,6 @@ train() {
 }
 
 if [ "${DRY_RUN:-0}" != 1 ]; then
-  mkdir -p "${state_file%/*}"
   trap 'pass_on USR1' USR1
   trap 'pass_on TERM' TERM
 fi

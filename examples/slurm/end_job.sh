@@ -55,6 +55,7 @@ end_job() {
   else
     failures=$((failures + 1)) reason="failure $failures of $MAX_FAILURES without progress, status $status${error:+, $error}"
   fi
+  mkdir -p "${state_file%/*}"
   printf '%s %s\n%s\n' "$failures" "$idle" "$now" >"$state_file"
   if [ "$failures" -ge "$MAX_FAILURES" ]; then give_up "$reason; not started again"; fi
   if [ "$idle" -gt "$MAX_IDLE_STARTS" ]; then give_up "$reason; $idle stops without progress: is the time limit too short?"; fi

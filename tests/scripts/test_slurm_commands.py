@@ -124,9 +124,10 @@ def test_what_is_missing_is_named(script: str) -> None:
     required = [name for name in SCRIPTS[script] if name != "FORWARD_MODEL"]
     for name in required:
         given = {k: v for k, v in SCRIPTS[script].items() if k != name}
-        done = run(script, DRY_RUN="1", **given)
-        assert done.returncode == 2
-        assert f"job ended: {name} is not set" in done.stdout
+        for dry in ("0", "1"):
+            done = run(script, DRY_RUN=dry, **given)
+            assert done.returncode == 2
+            assert f"job ended: {name} is not set" in done.stdout.splitlines()[-1]
     unknown = run(script, DRY_RUN="1", RUNTIME="docker", **SCRIPTS[script])
     assert unknown.returncode == 2
     assert "RUNTIME=docker is none of venv, apptainer, pyxis" in unknown.stdout
