@@ -15,6 +15,7 @@ quickstart: env  ## text -> reverse model -> earlier text and a reranked answer,
 	@$(PY) examples/quickstart/quickstart.py $(ARGS)
 
 test: env lint  ## every check that continuous integration runs; ARGS="-k direction" selects tests, JOBS=0 uses one process
+	-@scripts/ensure_slurm.sh  # without a Slurm the tests of examples/slurm fail, and only those
 	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: env  ## formatter, linter, type checker

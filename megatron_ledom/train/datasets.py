@@ -22,6 +22,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.engine.budget import budget_steps, check_budget, parse_budgets
 from megatron_ledom.errors import UsageError
 from megatron_ledom.log import get_logger
+from megatron_ledom.train.lifecycle import StopRequest, count_cut_evaluation
 
 if TYPE_CHECKING:
     from megatron_ledom.data.megatron_dataset import DatasetConfig
@@ -216,7 +217,9 @@ def _read_sequences_per_dataset(path: str | None) -> dict[str, Any] | None:
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def build_datasets_provider(datasets: Datasets, plan: AttentionPlan) -> Callable[..., tuple[Any, Any, Any]]:
+def build_datasets_provider(
+    datasets: Datasets, plan: AttentionPlan, stop: StopRequest
+) -> Callable[..., tuple[Any, Any, Any]]:
     """Return Megatron's dataset provider: (train, valid, test) sizes in samples -> three datasets.
 
     Every rank opens the files itself (`is_distributed`): they are memory-mapped, so the
@@ -229,7 +232,11 @@ def build_datasets_provider(datasets: Datasets, plan: AttentionPlan) -> Callable
 
         from megatron_ledom.data.megatron_dataset import build_datasets
 
-        return build_datasets(build_dataset_config(get_args(), datasets, get_tokenizer(), plan), num_samples)
+        args = get_args()
+        count_cut_evaluation(args)
+        built = build_datasets(build_dataset_config(args, datasets, get_tokenizer(), plan), num_samples)
+        stop.leave_startup(args)  # of what Megatron calls, this comes last before the first step
+        return built
 
     provide.is_distributed = True  # type: ignore[attr-defined]
     return provide

@@ -29,6 +29,7 @@ from megatron_ledom.engine.device import resolve_device
 from megatron_ledom.log import get_logger
 from megatron_ledom.train.datasets import build_datasets_provider, length_from_budget, report_plan
 from megatron_ledom.train.guards import RunFacts, check_run, check_schedule
+from megatron_ledom.train.lifecycle import StopRequest, end_of_run
 from megatron_ledom.train.order_guard import settle_order, written_order
 from megatron_ledom.train.run_directory import record_launch
 from megatron_ledom.train.saved_hashes import SavedHashes
@@ -43,8 +44,15 @@ ForwardStep = Callable[[Any, Any], tuple[Any, Callable[..., Any]]]
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
     """Train with the given command line; the entry of `tools/pretrain.py`.
+
+    Args:
+        argv: the arguments without the program's name.
+        stop: whether the process has been asked to stop; without it signals do what they always do.
+
+    Returns:
+        0, or `lifecycle.STOPPED_STATUS` for a run that was stopped by a signal and can go on.
 
     Raises:
         LedomError: arguments, data or a checkpoint that do not fit; nothing was started.
@@ -88,9 +96,15 @@ def main(argv: Sequence[str]) -> int:
             get_logger(__name__).info(report_plan(args, facts.datasets, args.data_order))
         record_launch(args, argv, facts.datasets, start)
     save = Path(args.save) if args.save and args.rank == 0 else None
-    with SavedHashes(save, start["steps"]):
-        run_pretraining(args, facts, plan, started)
-    return 0
+    stop = stop or StopRequest()
+    stop.arm(args)
+    try:
+        with SavedHashes(save, start["steps"]):
+            run_pretraining(args, facts, plan, started, stop)
+    except SystemExit as early:  # how Megatron leaves before the last step
+        if early.code:
+            raise
+    return end_of_run(stop, args)
 
 
 def start_of_launch(args: argparse.Namespace, facts: RunFacts) -> dict[str, int]:
@@ -110,7 +124,9 @@ def print_data_report(parsed: argparse.Namespace, argv: Sequence[str], facts: Ru
         print(report_plan(parsed, facts.datasets, data_order))
 
 
-def run_pretraining(args: argparse.Namespace, facts: RunFacts, plan: AttentionPlan, started: float) -> None:
+def run_pretraining(
+    args: argparse.Namespace, facts: RunFacts, plan: AttentionPlan, started: float, stop: StopRequest
+) -> None:
     """Hand datasets, model and forward step to Megatron; `args` are its globals already."""
     import torch
     from megatron.core.enums import ModelType
@@ -137,7 +153,7 @@ def run_pretraining(args: argparse.Namespace, facts: RunFacts, plan: AttentionPl
     set_startup_timestamps(program_start=started, main_entry=time.time())
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
-        build_datasets_provider(facts.datasets, plan),
+        build_datasets_provider(facts.datasets, plan, stop),
         ModelType.encoder_or_decoder,
         build_forward_step(),
     )

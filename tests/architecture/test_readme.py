@@ -46,13 +46,16 @@ def flags_of(tool: str) -> frozenset[str]:
 
 
 def tool_calls() -> Iterator[tuple[Path, str, list[str]]]:
-    """Every call of a tool in any document: (document, tool, flags)."""
+    """Every call of a tool in any document: (document, tool, flags); what stands after `--` is the trainer's."""
     for document in DOCUMENTS:
         for words in commands(document):
             for index, word in enumerate(words):
                 if re.fullmatch(r"(?:\S*/)?tools/\w+\.py", word):
-                    flags = [w.split("=", 1)[0] for w in words[index + 1 :] if re.match(r"--[a-z]", w)]
-                    yield document, Path(word).name, flags
+                    rest = words[index + 1 :]
+                    end = rest.index("--") if "--" in rest else len(rest)
+                    for tool, own in ((Path(word).name, rest[:end]), ("pretrain.py", rest[end:])):
+                        if own or tool != "pretrain.py":
+                            yield document, tool, [w.split("=", 1)[0] for w in own if re.match(r"--[a-z]", w)]
 
 
 def test_every_tool_and_flag_in_the_documents_exists() -> None:

@@ -99,7 +99,10 @@ def test_ci_runs_make_test_and_nothing_else_decides() -> None:
     assert re.search(r"^test: env lint\b", makefile, re.M)
 
 
-@pytest.mark.parametrize("script", [".ci/run", "scripts/find_python.sh", "scripts/setup_env.sh"])
+@pytest.mark.parametrize(
+    "script",
+    [".ci/run", "scripts/find_python.sh", "scripts/setup_env.sh", "scripts/ensure_slurm.sh", "examples/slurm/task.sh"],
+)
 def test_scripts_are_executable(script: str) -> None:
     mode = subprocess.run(
         ["git", "ls-files", "--stage", script], cwd=REPOSITORY, capture_output=True, text=True, check=True
