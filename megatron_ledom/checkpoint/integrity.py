@@ -30,12 +30,16 @@ _QUIET_BYTES = 2**30
 """Below this a progress line would be gone before it is read."""
 
 
-def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+def write_checksums(
+    folder: Path, known: Mapping[str, str] | None = None, *, sync: bool = False, num_threads: int = 1
+) -> None:
     """Write the list of `folder`'s files.
 
     Args:
         folder: a finished step folder.
         known: SHA-256 in hexadecimal by file name, of files that were hashed while they were written.
+        sync: force each file to disk as well.
+        num_threads: files that are read at a time.
 
     Raises:
         CheckpointError: a file vanished meanwhile or cannot be read.
@@ -44,13 +48,16 @@ def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> Non
     known = known or {}
     paths = sorted(path for path in folder.iterdir() if path.is_file() and not _is_list(path.name))
     progress = _progress("hash", [path for path in paths if path.name not in known])
-    files = {}
-    for path in paths:
+
+    def describe(path: Path) -> dict[str, Any]:
         try:
-            sha256 = known.get(path.name) or hash_file(path, on_read=_counted(progress))
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256}
+            sha256 = known.get(path.name) or hash_file(path, on_read=_counted(progress), sync=sync)
+            return {"bytes": path.stat().st_size, "sha256": sha256}
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read for its checksum: {error}") from error
+
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="hash") as threads:
+        files = dict(zip((path.name for path in paths), threads.map(describe, paths), strict=True))
     if progress:
         progress.close()
     temporary = folder / f"{_PARTIAL}{os.getpid()}.partial"
@@ -89,12 +96,15 @@ def read_checksums(folder: Path) -> dict[str, dict[str, Any]] | None:
     return entries
 
 
-def find_faults(folder: Path, *, is_over: threading.Event | None = None) -> list[str] | None:
+def find_faults(
+    folder: Path, *, is_over: threading.Event | None = None, share: tuple[int, int] = (0, 1)
+) -> list[str] | None:
     """Compare every file with the list.
 
     Args:
         folder: a finished step folder.
         is_over: set by another thread that does not want the answer any more; then no progress is shown.
+        share: (i, n): read only every n-th file, from the i-th on, the large ones first; i of 0 looks at names too.
 
     Returns:
         What is wrong, one line a file ([]: nothing); None where the folder has no list.
@@ -102,13 +112,17 @@ def find_faults(folder: Path, *, is_over: threading.Event | None = None) -> list
     entries = read_checksums(folder)
     if entries is None:
         return None
+    largest_first = sorted(entries, key=lambda name: (-entries[name]["bytes"], name))
+    mine = sorted(largest_first[share[0] :: share[1]])
     progress = None
     if is_over is None:
-        progress = _progress("verify", [folder / name for name in entries if (folder / name).is_file()])
+        progress = _progress("verify", [folder / name for name in mine if (folder / name).is_file()])
     on_read = _counted(progress) if is_over is None else _unless(is_over)
-    faults = [fault for name, entry in sorted(entries.items()) if (fault := _fault(folder / name, entry, on_read))]
+    faults = [fault for name in mine if (fault := _fault(folder / name, entries[name], on_read))]
     if progress:
         progress.close()
+    if share[0]:
+        return faults
     added = sorted(p.name for p in folder.glob("*.distcp") if p.name not in entries)
     return faults + [f"{folder / name} was not there when the checkpoint was saved" for name in added]
 

@@ -38,6 +38,14 @@ CPU_DEFAULTS: dict[str, Any] = {
     "no_persist_layer_norm": True,
 }
 
+ASYNC_SAVE: dict[str, Any] = {
+    # Saves go on while the run does. "mcore" is Megatron's own writer: with "nvrx", its default, a checkpoint can
+    # only be loaded where NVIDIA's package is installed too.
+    "async_save": True,
+    "use_persistent_ckpt_worker": True,
+    "async_strategy": "mcore",
+}
+
 SUPERSEDED_BY: dict[str, tuple[str, ...]] = {
     # Naming the key on the command line drops these preset defaults: Megatron wants one or the other.
     "train_samples": ("train_iters",),
@@ -75,6 +83,8 @@ NOT_WIRED: dict[str, str] = {
     "sft": "conversations are not a dataset here",
     "hybrid_layer_pattern": "the model is Megatron's GPTModel",
     "perform_rl_step": "there is no reinforcement learning here",
+    "save_retain_interval": "--keep-last and --keep-every say which checkpoints stay",
+    "verify_integrity": "every checkpoint is hashed and compared without it",
 }
 
 
@@ -112,15 +122,62 @@ def add_ledom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="holds run.json, checkpoints/, tensorboard/ and tokenizer/; a run that has checkpoints there continues. "
         "Sets --save, --load and --tensorboard-dir, each of which can still be given",
     )
+    _add_checkpoint_arguments(parser.add_argument_group("megatron_ledom, checkpoints"))
+    _add_fault_arguments(parser.add_argument_group("megatron_ledom, faults (docs/bad_numbers.md)"))
+    _add_data_arguments(parser.add_argument_group("megatron_ledom, data"))
+    return parser
+
+
+def _add_checkpoint_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--keep-last", type=int, metavar="K", help="delete older checkpoints than the last K (default: keep all)"
+    )
+    group.add_argument(
+        "--keep-every", type=int, metavar="N", help="with --keep-last: besides, keep those of steps N, 2 N, 3 N ..."
+    )
     group.add_argument(
         "--no-verify-checkpoint",
         action="store_false",
         dest="verify_checkpoint",
-        help="load without comparing the files with the checksums written at save; comparing reads them once more on "
-        "rank 0, which takes minutes for a large model",
+        help="load without comparing the files with the checksums written at save. By default every rank reads a share "
+        "of them, and a damaged checkpoint is set aside for the one before it",
     )
-    _add_data_arguments(parser.add_argument_group("megatron_ledom, data"))
-    return parser
+
+
+def _add_fault_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--bad-numbers",
+        choices=["stop", "skip", "rollback", "megatron"],
+        default="stop",
+        help="on NaN, infinity or a spike, before the update and on all ranks alike: stop; skip the batch; skip it and "
+        "roll back to the last checkpoint's weights; or leave it to Megatron's rerun machinery (default: stop)",
+    )
+    group.add_argument(
+        "--bad-numbers-budget",
+        type=int,
+        default=10,
+        metavar="N",
+        help="skip or roll back at most N times in the whole run, then stop (default: 10)",
+    )
+    group.add_argument(
+        "--spike-sigmas",
+        type=float,
+        metavar="X",
+        help="a loss more than X standard deviations above the mean of the last 128 is a spike (default: none is)",
+    )
+    group.add_argument(
+        "--hang-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="name a rank that gives no sign, or holds up the others, for so long, and end the job; 0: never "
+        "(default: 0.8 of --distributed-timeout-minutes)",
+    )
+    group.add_argument(
+        "--inject-fault",
+        nargs="+",
+        metavar="KIND@STEP[:RANK]",
+        help="a drill: nan, inf, spike, hang (SIGSTOP) or kill (SIGKILL) at a step, on a rank (default: rank 0)",
+    )
 
 
 def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
@@ -193,7 +250,7 @@ def build_defaults(
             supersede some preset defaults).
         model: arguments that a checkpoint decides.
     """
-    defaults = dict(get_preset(front.preset).settings if front.preset else BOOKKEEPING)
+    defaults = dict(get_preset(front.preset).settings if front.preset else BOOKKEEPING) | ASYNC_SAVE
     defaults |= model or {}
     if not {"data_path", "data_budget"} & named and {"train_data_path", "mock_data"} & named:
         defaults.pop("split", None)
@@ -316,7 +373,7 @@ def check_arguments(args: argparse.Namespace, device: Device) -> None:
     Raises:
         UsageError: naming the flags, what was found and what to do.
     """
-    for check in (_check_required, _check_wired, _check_data):
+    for check in (_check_required, _check_wired, _check_data, _check_saves):
         check(args)
     if args.data_report_only:  # the layout is that of another machine
         return
@@ -364,6 +421,16 @@ def _check_data(args: argparse.Namespace) -> None:
         raise UsageError("--data-budget names the data by itself: drop the other flags that name data")
     if args.data_path != as_data_path(parse_budgets(args.data_budget)):
         raise UsageError("--data-budget takes the place of --data-path and its weights: give one of the two")
+
+
+def _check_saves(args: argparse.Namespace) -> None:
+    for flag, number in (("--keep-last", args.keep_last), ("--keep-every", args.keep_every)):
+        if number is not None and number < 1:
+            raise UsageError(f"{flag} {number}: give 1 or more")
+    if args.keep_every is not None and args.keep_last is None:
+        raise UsageError("--keep-every says what stays besides --keep-last K: give both")
+    if args.ckpt_format != "torch_dist":
+        raise UsageError(f"--ckpt-format {args.ckpt_format} is not supported by this tool: it saves torch_dist")
 
 
 def _check_layout(args: argparse.Namespace) -> None:
