@@ -179,14 +179,14 @@ def set_aside(folder: Path) -> Path:
 def candidates(save: Path) -> list[int]:
     """Steps that a resume may take, the best first: what the tracker names and what lies before it.
 
-    Where the tracker is missing or holds no number, every folder counts, the newest first.
+    Where the tracker is missing, or names nothing that is there, every folder counts, the newest first.
     """
     if not save.is_dir():
         return []
     steps, named = step_folders(save), read_tracker(save)
-    if named is not None:
-        steps = sorted({*(step for step in steps if step <= named), named})
-    return sorted(steps, reverse=True)
+    before = [step for step in steps if named is not None and step <= named]
+    newest_first = sorted(before or steps, reverse=True)
+    return newest_first if named is None or named in before else [named, *newest_first]
 
 
 def structure_faults(folder: Path, *, list_expected: bool) -> list[str]:

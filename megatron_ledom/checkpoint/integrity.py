@@ -1,14 +1,16 @@
 """Whether a checkpoint's files are those that were saved: sizes and SHA-256 of each, written beside them.
 
-    iter_0000020/checksums.json   {"format_version": 1, "files": {"__0_0.distcp": {"bytes": ..., "sha256": "..."}, ...}}
+    iter_0000020/checksums.json   {"format_version": 1, "files": {"__0_0.distcp": {"bytes": ..., "sha256": "..."}, ...},
+                                   "files_sha256": "..."}
 
-The list holds every file of the folder but itself. It finds what storage and copying do to
-files, not what somebody does on purpose: who can change a file can change its hash. A
-folder without a list (saved elsewhere, or while the run was killed) is not refused.
+The list holds every file of the folder but itself; `files_sha256` is that of its own entries. It finds what
+storage and copying do to files, not what somebody does on purpose: who can change a file can change its hash. A
+folder without a list (saved elsewhere, or by an early version) is not refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -64,7 +66,8 @@ def write_checksums(
     temporary.unlink(missing_ok=True)
     file = HashingFile(temporary)
     try:
-        file.write(json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1).encode())
+        content = {"format_version": FORMAT_VERSION, "files": files, "files_sha256": _sha256_of(files)}
+        file.write(json.dumps(content, indent=1).encode())
         file.finish()
         temporary.replace(folder / LIST_NAME)
     finally:
@@ -83,17 +86,26 @@ def read_checksums(folder: Path) -> dict[str, dict[str, Any]] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version, files = content["format_version"], content["files"]
-        entries = {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
+        own_sha256 = content.get("files_sha256")
+        entries: dict[str, dict[str, Any]] = {
+            name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()
+        }
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(f"{path} has format {version!r}, this version of megatron_ledom reads {FORMAT_VERSION}")
+    if own_sha256 is not None and own_sha256 != _sha256_of(entries):
+        raise CheckpointError(f"{path} is damaged: its entries are not those that were written")
     outside = [name for name in entries if Path(name).name != name or name in {"", ".", ".."}]
     if outside:
         raise CheckpointError(f"{path} is refused: it names {outside[0]!r}, outside the folder")
     return entries
+
+
+def _sha256_of(entries: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def find_faults(

@@ -91,8 +91,8 @@ def load_in_place(save: Path, step: int, model: Any, optimizer: Any, scheduler: 
     """
     import megatron.training.training as training
     from megatron.core.num_microbatches_calculator import update_num_microbatches
-    from megatron.training import get_args
     from megatron.core.utils import unwrap_model
+    from megatron.training import get_args
 
     args = get_args()
     wanted = {"load": str(save), "ckpt_step": step, "pretrained_checkpoint": None, "finetune": False}

@@ -106,8 +106,8 @@ def where_is(frame: FrameType | None) -> tuple[str, str]:
     collective = ""
     while frame is not None:
         module, code = str(frame.f_globals.get("__name__", "")), frame.f_code
-        if module == "torch.distributed.distributed_c10d" and not code.co_name.startswith("_"):
-            collective = code.co_name  # the outermost one counts: what was called, not how it is made
+        if module == "torch.distributed.distributed_c10d":
+            collective = code.co_name.lstrip("_")  # the outermost one counts: what was called, not how it is made
         if module.split(".")[0] in {"megatron", "megatron_ledom"}:
             line = linecache.getline(code.co_filename, frame.f_lineno)
             if not collective and ".wait(" in line:

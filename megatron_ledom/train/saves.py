@@ -137,14 +137,22 @@ class Saves:
         shutil.rmtree(self._folder(step), ignore_errors=True)
 
     def _say_failure(self, step: int, failure: str) -> None:
-        get_logger(__name__).error("error: no checkpoint of step %d: %s. %s", step, failure, self._what_is_left())
+        assert self._save is not None
+        free = shutil.disk_usage(self._save).free if self._save.is_dir() else 0
+        get_logger(__name__).error(
+            "error: no checkpoint of step %d: %s (%s bytes are free there). %s",
+            step,
+            failure,
+            f"{free:,}",
+            self._what_is_left(),
+        )
 
     def _what_is_left(self) -> str:
         assert self._save is not None
         steps = commit.candidates(self._save)
         if not steps:
             return f"{self._save} holds no checkpoint"
-        return f"The checkpoint of step {steps[0]} in {self._save} is the last one. Make room there"
+        return f"The checkpoint of step {steps[0]} in {self._save} is the last one"
 
 
 def _from_rank_0(value: int) -> int:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import random
+import resource
 import signal
 import socket
 import subprocess
@@ -85,9 +87,7 @@ class ForkServer:
         )
 
     def start(self, argv: Sequence[object], world_size: int, log: Path, env: Mapping[str, str] | None = None) -> Launch:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         log.touch()
         order = {"argv": [str(a) for a in argv], "world_size": world_size, "log": str(log), "port": port}
         return Launch(self, self._ask({"start": order | {"env": dict(env or {})}}), log)
@@ -109,6 +109,18 @@ class ForkServer:
         self._process.stdin.flush()
         answer: list[int] = json.loads(self._process.stdout.readline())
         return answer
+
+
+def free_port() -> int:
+    """A free port below those that the system gives out by itself, so that nobody gets it in between."""
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def serve() -> None:
@@ -170,6 +182,9 @@ def _fork(order: dict[str, object], rank: int) -> int:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"WORLD_SIZE": str(order["world_size"]), "LOCAL_WORLD_SIZE": str(order["world_size"])}
     os.environ |= {"MASTER_PORT": str(order["port"])} | order["env"]  # type: ignore[operator]
+    if "FILE_SIZE_LIMIT" in os.environ:  # a disk that takes no more, for one rank
+        limit = int(os.environ["FILE_SIZE_LIMIT"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     sys.argv = ["pretrain.py", *order["argv"]]  # type: ignore[misc]
     status = 1
     try:
