@@ -170,6 +170,7 @@ class BadNumbers:
         ledger: of the run, the same on all ranks.
         losses: from the checkpoint that is continued.
         choose_target: finds the checkpoint for a rollback before the given step, on all ranks; None: there is none.
+        finish_saves: waits for a save that is under way, on all ranks, so that an end does not cost it.
         documents: names the documents behind samples, on rank 0: (first sample, number, places) -> texts.
     """
 
@@ -179,10 +180,11 @@ class BadNumbers:
         ledger: Ledger,
         losses: Sequence[float],
         choose_target: Callable[[int], int | None],
+        finish_saves: Callable[[], None],
         documents: Callable[[int, int, list[tuple[int, int | None]]], list[str]],
     ) -> None:
         self._args, self._ledger = args, ledger
-        self._choose_target, self._documents = choose_target, documents
+        self._choose_target, self._finish_saves, self._documents = choose_target, finish_saves, documents
         self._sums: list[torch.Tensor] = []
         self._counts: list[torch.Tensor] = []
         self._micro_batch, self._has_bad_gradient, self._num_seen = int(_NO_MICRO_BATCH), False, 0
@@ -239,7 +241,7 @@ class BadNumbers:
         is_first = self._args.rank == 0
         documents = self._documents(samples[0], samples[1] - samples[0], verdict.places) if is_first else []
         entry = {"step": step, "samples": list(samples), "action": action, "to": to, "cause": verdict.cause}
-        entry |= {"loss": verdict.loss, "grad_norm": verdict.grad_norm}
+        entry |= {"loss": f"{verdict.loss:.7g}", "grad_norm": f"{verdict.grad_norm:.7g}"}  # JSON has no NaN
         if is_first:
             self._ledger.write(entry | {"documents": documents})
         self._ledger.entries[step] = entry
@@ -248,6 +250,7 @@ class BadNumbers:
         line = f"step {step}: {verdict.cause} (gradient norm {verdict.grad_norm:.4g}); not updated, {what}{why}"
         self._say(f"{line}. Documents: {shown or 'not known'}")
         if action == STOP:
+            self._finish_saves()
             raise BadNumbersError(
                 f"{line}. The documents are in {self._ledger.path}, and tools/which_documents.py --step {step} shows "
                 "their text; --bad-numbers skip or rollback goes on without the batch"

@@ -51,7 +51,9 @@ class Safety:
             resumed = None if args.finetune else facts.resumed
             losses: Sequence[float] = getattr(resumed, "bad_numbers_losses", [])
             documents = self._documents.name
-            self._numbers = BadNumbers(args, self._read_ledger(), losses, self._choose_target, documents)
+            self._numbers = BadNumbers(
+                args, self._read_ledger(), losses, self._choose_target, saving.finish_pending_save, documents
+            )
             update_guard.install(self._numbers)
 
     def keeping_documents(self, provide: Callable[..., Any]) -> Callable[..., Any]:

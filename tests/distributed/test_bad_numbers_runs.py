@@ -59,6 +59,8 @@ def test_the_run_goes_on_without_the_batch_and_a_replay_does_the_same(policy: st
     assert entry["documents"] and all("sample 25)" in text and ", row " in text for text in entry["documents"])
     assert entry["documents"][0] in launch.text
 
+    launch, statuses = runs.launch("killed", *flags, "--exit-interval", 4)
+    assert statuses == [0, 0], launch.text[-6000:]
     launch, statuses = runs.launch("killed", *flags, "--inject-fault", f"nan@{STEP}:1", f"kill@{STEP + 1}:0")
     assert statuses[0] == -9 and Checkpoint.open(tmp_path / "killed" / "checkpoints").iteration == 4
     launch, statuses = runs.launch("killed", *flags)  # the fault does not come back, the action does
@@ -68,7 +70,7 @@ def test_the_run_goes_on_without_the_batch_and_a_replay_does_the_same(policy: st
 
     losses = [read_scalars(tmp_path / run, TRAIN_LOSS) for run in ("whole", "killed")]
     for each in losses:
-        del each[STEP]  # NaN in one, a number in the other, and used in neither
+        each.pop(STEP, None)  # NaN in one, a number in the other, and used in neither
     assert losses[0] == losses[1]
     ends = [read_scalars(tmp_path / run, VALIDATION_LOSS)[12] for run in ("whole", "killed")]
     assert ends[0] == ends[1]
