@@ -109,7 +109,7 @@ def _why_no_tracker(path: Path) -> str:
     inner = path / "checkpoints"
     if (inner / TRACKER).is_file():
         return f"{path} is a run directory; its checkpoints are in {inner}"
-    steps = sorted(folder.name for folder in path.iterdir() if _is_step_folder(folder))
+    steps = [folder_name(step) for step in step_folders(path)]
     if not steps:
         return f"{path} holds no checkpoint: no {TRACKER} and no iter_NNNNNNN folder"
     return (

@@ -52,6 +52,8 @@ def settle_checkpoint(argv: Sequence[str], agreement: Agreement) -> Settled:
     if agreement.rank == 0:
         agreement.post("token", uuid.uuid4().hex[:8])
     token = agreement.read("token")
+    if options.data_report_only:  # perhaps of a run that is under way elsewhere
+        return Settled(token, list(argv), None)
     own = options.save or (None if options.run_dir is None else options.run_dir / "checkpoints")
     load = options.load or own
     is_own = load is not None and own is not None and load.absolute() == own.absolute()
@@ -78,6 +80,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt-step", type=int)
     parser.add_argument("--no-verify-checkpoint", action="store_false", dest="verify")
+    parser.add_argument("--data-report-only", action="store_true")
     for flag in ("--load", "--save", "--run-dir"):
         parser.add_argument(flag, type=Path)
     return parser.parse_known_args(argv)[0]

@@ -185,6 +185,14 @@ def test_old_checkpoints_without_a_list_are_taken_as_they_are(run: Path) -> None
     assert read_tracker(run / "checkpoints") == 10
 
 
+def test_a_report_changes_nothing(run: Path) -> None:
+    stop_while_writing(run / "checkpoints")
+    flip(run / "checkpoints" / folder_name(10) / "__0_0.distcp")
+    before = sorted(run.rglob("*"))
+    settle(run, "--data-report-only")
+    assert sorted(run.rglob("*")) == before and read_tracker(run / "checkpoints") == 10
+
+
 def test_a_run_without_checkpoints_begins(tmp_path: Path) -> None:
     assert settle(tmp_path / "new") == ["--run-dir", str(tmp_path / "new")]
 
