@@ -297,6 +297,10 @@ def _check_saves(args: argparse.Namespace) -> None:
             raise UsageError(f"{flag} {number}: give 1 or more")
     if args.keep_every is not None and args.keep_last is None:
         raise UsageError("--keep-every says what stays besides --keep-last K: give both")
+    if args.rerun_mode == "report_stats" and args.bad_numbers != "megatron":
+        raise UsageError(
+            "--rerun-mode report_stats needs --bad-numbers megatron: the other policies do not rerun steps"
+        )
     if args.ckpt_format != "torch_dist":
         raise UsageError(f"--ckpt-format {args.ckpt_format} is not supported by this tool: it saves torch_dist")
 

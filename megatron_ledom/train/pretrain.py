@@ -96,8 +96,8 @@ def main(argv: Sequence[str]) -> int:
         record_launch(args, argv, facts.datasets, start)
     save = Path(args.save) if args.save else None
     with (
-        HangWatch(hang_timeout_s(args), Path(args.run_dir)) as watch,
         Saves(save, Keep(args.keep_last, args.keep_every), args.rank, settled.token) as saves,
+        HangWatch(hang_timeout_s(args), Path(args.run_dir)) as watch,  # not over the last commit, on which nobody waits
     ):
         run_pretraining(args, facts, plan, started, Safety(args, facts, agreement, saves, watch))
     return 0
