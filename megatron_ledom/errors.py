@@ -50,6 +50,10 @@ class CheckpointError(LedomError):
     """A checkpoint that is missing, unfinished, damaged or of another kind."""
 
 
+class BadNumbersError(LedomError):
+    """NaN, infinity or a spike in training, where the policy is to stop."""
+
+
 class ParityError(LedomError):
     """Two computations that must agree do not; the message carries the numbers."""
 
@@ -67,7 +71,7 @@ def run_cli(main: Callable[[list[str]], int | None]) -> None:
     except LedomError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        _tell_torchrun(str(error))
+        tell_torchrun(str(error))
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -75,7 +79,7 @@ def run_cli(main: Callable[[list[str]], int | None]) -> None:
     raise SystemExit(status or 0)
 
 
-def _tell_torchrun(message: str) -> None:
+def tell_torchrun(message: str) -> None:
     """Leave the message where torchrun looks for the cause of a rank's failure, in place of a traceback."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:

@@ -4,8 +4,11 @@
       latest_checkpointed_iteration.txt    written last: names the newest finished checkpoint
       iter_0000020/
         .metadata                          what is where in the data files
-        metadata.json                      written after everything else in this folder
+        metadata.json                      written after the data
         __0_0.distcp ...                   the data files
+        checksums.json                     see `integrity`
+      .iter_0000025.partial/               a save that is not finished: `commit` gives it its name
+      iter_0000015.damaged/                set aside at a resume: no checkpoint any more
 
 It reads names and the two small text files only; what is inside `.metadata` is the
 reader's business.
@@ -47,7 +50,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
             raise CheckpointError(f"{path} was given, and step {step}: give the folder above it, or leave the step out")
         return _check_finished(path)
     if step is not None:
-        folder = path / f"iter_{step:07d}"
+        folder = path / folder_name(step)
         if not folder.is_dir():
             raise CheckpointError(f"{path} holds no step {step}; finished steps: {_words(finished_steps(path))}")
         return _check_finished(folder)
@@ -56,8 +59,31 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
 
 def finished_steps(path: Path) -> list[int]:
     """Return the iterations of which the `--save` folder `path` holds a finished checkpoint, in order."""
-    folders = [folder for folder in path.iterdir() if _is_step_folder(folder) and not _what_is_missing(folder)]
-    return sorted(_step_of(folder) for folder in folders)
+    return [step for step in step_folders(path) if not _what_is_missing(path / folder_name(step))]
+
+
+def step_folders(path: Path) -> list[int]:
+    """Return the iterations of which `path` holds a folder, finished or not, in order."""
+    return sorted(_step_of(folder) for folder in path.iterdir() if folder.is_dir() and _step_of(folder) >= 0)
+
+
+def folder_name(step: int) -> str:
+    """The name that Megatron gives to the checkpoint of an iteration.
+
+    >>> folder_name(20)
+    'iter_0000020'
+    """
+    return f"iter_{step:07d}"
+
+
+def read_tracker(path: Path) -> int | None:
+    """The iteration that the tracker file in `path` names; None without one, or where it holds another word."""
+    try:
+        with (path / TRACKER).open(encoding="utf-8", errors="replace") as file:
+            word = file.read(_TRACKER_CHARACTERS).strip()
+    except OSError:
+        return None
+    return int(word) if word.isascii() and word.isdigit() and len(word) < _TRACKER_CHARACTERS // 2 else None
 
 
 def _latest(path: Path) -> Path:
@@ -83,7 +109,7 @@ def _why_no_tracker(path: Path) -> str:
     inner = path / "checkpoints"
     if (inner / TRACKER).is_file():
         return f"{path} is a run directory; its checkpoints are in {inner}"
-    steps = sorted(folder.name for folder in path.iterdir() if _is_step_folder(folder))
+    steps = [folder_name(step) for step in step_folders(path)]
     if not steps:
         return f"{path} holds no checkpoint: no {TRACKER} and no iter_NNNNNNN folder"
     return (

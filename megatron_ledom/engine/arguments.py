@@ -15,14 +15,21 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from megatron_ledom.direction import Direction
 from megatron_ledom.engine.budget import as_data_path, parse_budgets
 from megatron_ledom.engine.device import Device, device_defaults, has_transformer_engine
+from megatron_ledom.engine.flags import add_ledom_arguments
 from megatron_ledom.engine.presets import BOOKKEEPING, PRESETS, get_preset
 from megatron_ledom.errors import UsageError
+
+ASYNC_SAVE: dict[str, Any] = {
+    # Saves go on while the run does. "mcore" is Megatron's own writer: with "nvrx", its default, a checkpoint can
+    # only be loaded where NVIDIA's package is installed too.
+    "async_save": True,
+    "use_persistent_ckpt_worker": True,
+    "async_strategy": "mcore",
+}
 
 SUPERSEDED_BY: dict[str, tuple[str, ...]] = {
     # Naming the key on the command line drops these preset defaults: Megatron wants one or the other.
@@ -61,91 +68,9 @@ NOT_WIRED: dict[str, str] = {
     "sft": "conversations are not a dataset here",
     "hybrid_layer_pattern": "the model is Megatron's GPTModel",
     "perform_rl_step": "there is no reinforcement learning here",
+    "save_retain_interval": "--keep-last and --keep-every say which checkpoints stay",
+    "verify_integrity": "every checkpoint is hashed and compared without it",
 }
-
-
-def add_ledom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags that Megatron does not have."""
-    group = parser.add_argument_group("megatron_ledom")
-    presets = "; ".join(f"{p.name}: {p.summary}" for p in PRESETS.values())
-    group.add_argument(
-        "--preset", choices=[*PRESETS], help=f"a complete configuration that any flag overrides. {presets}"
-    )
-    group.add_argument(
-        "--direction",
-        choices=[str(d) for d in Direction],
-        default=str(Direction.REVERSE),
-        help="what is trained: a reverse model (default), or its forward twin. Data of the other direction is read "
-        "backwards",
-    )
-    group.add_argument(
-        "--device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="cuda where torch sees one, else Megatron on the CPU with gloo (default: auto)",
-    )
-    group.add_argument(
-        "--attention",
-        choices=["auto", "megatron", "ledom"],
-        default="auto",
-        help="ledom: samples in natural order, in which a reverse model attends what follows and counts positions "
-        "from the end; auto: the CPU kernels on samples in the model's order, on CUDA Megatron's own (default: auto)",
-    )
-    group.add_argument(
-        "--run-dir",
-        type=Path,
-        metavar="RUN",
-        help="holds run.json, checkpoints/, tensorboard/ and tokenizer/; a run that has checkpoints there continues. "
-        "Sets --save, --load and --tensorboard-dir, each of which can still be given",
-    )
-    group.add_argument(
-        "--no-verify-checkpoint",
-        action="store_false",
-        dest="verify_checkpoint",
-        help="load without comparing the files with the checksums written at save; comparing reads them once more on "
-        "rank 0, which takes minutes for a large model",
-    )
-    _add_data_arguments(parser.add_argument_group("megatron_ledom, data"))
-    return parser
-
-
-def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--data-order",
-        choices=["epochs", "megatron"],
-        help="epochs: a longer run only continues a shorter one's order. megatron: the library's, which the length "
-        "decides. Default: the checkpoint's that the run continues, else epochs (docs/data_order.md)",
-    )
-    group.add_argument(
-        "--force-data-order-change",
-        action="store_true",
-        help="continue a checkpoint although the samples will come in another order: some are read twice, some never",
-    )
-    group.add_argument(
-        "--data-budget",
-        nargs="+",
-        metavar="TOKENS:PREFIX",
-        help="tokens to read of each source (284B:data/a 103B:data/b) in place of --data-path and its weights; "
-        "sets the length of the run where no flag names one",
-    )
-    group.add_argument(
-        "--warn-epochs",
-        type=float,
-        default=4.0,
-        metavar="N",
-        help="warn of a source that is read more than N times (default: 4)",
-    )
-    group.add_argument(
-        "--pack-pairs",
-        action="store_true",
-        help="of pairs (tools/preprocess_pairs.py): as many as fit into a sample, each seeing itself alone. Without it "
-        "a sample is one pair and padding",
-    )
-    group.add_argument(
-        "--data-report-only",
-        action="store_true",
-        help="print what would be read of each source, and exit; needs no torchrun",
-    )
 
 
 def build_front_parser() -> argparse.ArgumentParser:
@@ -179,7 +104,7 @@ def build_defaults(
             supersede some preset defaults).
         model: arguments that a checkpoint decides.
     """
-    defaults = dict(get_preset(front.preset).settings if front.preset else BOOKKEEPING)
+    defaults = dict(get_preset(front.preset).settings if front.preset else BOOKKEEPING) | ASYNC_SAVE
     defaults |= model or {}
     if not {"data_path", "data_budget"} & named and {"train_data_path", "mock_data"} & named:
         defaults.pop("split", None)
@@ -301,7 +226,7 @@ def check_arguments(args: argparse.Namespace, device: Device) -> None:
     Raises:
         UsageError: naming the flags, what was found and what to do.
     """
-    for check in (_check_required, _check_wired, _check_data):
+    for check in (_check_required, _check_wired, _check_data, _check_saves):
         check(args)
     if args.data_report_only:  # the layout is that of another machine
         return
@@ -351,6 +276,20 @@ def _check_data(args: argparse.Namespace) -> None:
         raise UsageError("--data-budget names the data by itself: drop the other flags that name data")
     if args.data_path != as_data_path(parse_budgets(args.data_budget)):
         raise UsageError("--data-budget takes the place of --data-path and its weights: give one of the two")
+
+
+def _check_saves(args: argparse.Namespace) -> None:
+    for flag, number in (("--keep-last", args.keep_last), ("--keep-every", args.keep_every)):
+        if number is not None and number < 1:
+            raise UsageError(f"{flag} {number}: give 1 or more")
+    if args.keep_every is not None and args.keep_last is None:
+        raise UsageError("--keep-every says what stays besides --keep-last K: give both")
+    if args.rerun_mode == "report_stats" and args.bad_numbers != "megatron":
+        raise UsageError(
+            "--rerun-mode report_stats needs --bad-numbers megatron: the other policies do not rerun steps"
+        )
+    if args.ckpt_format != "torch_dist":
+        raise UsageError(f"--ckpt-format {args.ckpt_format} is not supported by this tool: it saves torch_dist")
 
 
 def _check_layout(args: argparse.Namespace) -> None:

@@ -12,6 +12,8 @@ What is replaced, and why (measured with megatron-core 0.19.2, torch 2.13):
     Tensor.type               Megatron's optimizers accept parameters by the name 'torch.cuda.FloatTensor'
     megatron RNG helpers      their device is a literal too
     megatron Adam             see `cpu_adam`
+    checkpoint writer         its results come through memory and not through a server process; a save in the background
+                              is written by a fork of the rank: `cpu_saving` says why
     initialize_megatron       called with allow_no_cuda=True, which `pretrain()` does not pass on
 
 It owns no training logic: what runs afterwards is Megatron's own code.
@@ -266,6 +268,7 @@ def _patch_megatron() -> None:
     import megatron.training.training as training
     import torch
 
+    from megatron_ledom.engine import cpu_saving
     from megatron_ledom.engine.cpu_adam import CpuAdamW
 
     _replace(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
@@ -275,5 +278,7 @@ def _patch_megatron() -> None:
     _replace(distrib_optimizer, "Adam", CpuAdamW)
     _replace(distrib_optimizer, "HAVE_APEX_OR_TE", True)
     _replace(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
+    for owner, name, value in cpu_saving.replacements():
+        _replace(owner, name, value)
     initialize = training.initialize_megatron
     _replace(training, "initialize_megatron", functools.partial(initialize, allow_no_cuda=True))

@@ -57,11 +57,12 @@ class RunFacts:
         return None if self.tokenizer is None else self.tokenizer.fingerprint
 
 
-def check_run(args: argparse.Namespace) -> RunFacts:
+def check_run(args: argparse.Namespace, verified: Path | None = None) -> RunFacts:
     """Refuse data or a checkpoint that does not fit the run's direction or tokenizer.
 
     Args:
         args: the parsed command line; Megatron need not have validated it.
+        verified: a checkpoint whose files have been compared with their checksums already.
 
     Raises:
         InputError: a dataset is missing or damaged.
@@ -91,7 +92,8 @@ def check_run(args: argparse.Namespace) -> RunFacts:
     }
     if args.verify_checkpoint and args.rank == 0:  # when one rank ends, the launcher ends the others
         for checkpoint in checkpoints.values():
-            check_integrity(checkpoint.folder)
+            if checkpoint.folder != verified:
+                check_integrity(checkpoint.folder)
     return RunFacts(tokenizer, datasets, checkpoints)
 
 

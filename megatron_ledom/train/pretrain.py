@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ledom.checkpoint.commit import Keep
 from megatron_ledom.data.order import EPOCHS
 from megatron_ledom.data.tokenizers import check_engine_tokenizer
 from megatron_ledom.engine import cpu, wheel
@@ -26,13 +27,17 @@ from megatron_ledom.engine.arguments import (
     set_megatron_arguments,
 )
 from megatron_ledom.engine.device import resolve_device
+from megatron_ledom.engine.rendezvous import Agreement
 from megatron_ledom.log import get_logger
 from megatron_ledom.train.datasets import build_datasets_provider, length_from_budget, report_plan
 from megatron_ledom.train.guards import RunFacts, check_run, check_schedule
+from megatron_ledom.train.hang_watch import HangWatch
 from megatron_ledom.train.lifecycle import StopRequest, end_of_run
 from megatron_ledom.train.order_guard import settle_order, written_order
+from megatron_ledom.train.resume import settle_checkpoint
 from megatron_ledom.train.run_directory import record_launch
-from megatron_ledom.train.saved_hashes import SavedHashes
+from megatron_ledom.train.safety import Safety, hang_timeout_s
+from megatron_ledom.train.saves import Saves
 from megatron_ledom.train.starting_point import check_same_model, model_from_checkpoint, vocabulary_rows
 
 if TYPE_CHECKING:
@@ -72,9 +77,12 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
 
     from megatron_ledom.model.attention import plan_attention
 
+    agreement = Agreement()
+    settled = settle_checkpoint(argv, agreement)
+    argv = settled.argv
     model = model_from_checkpoint(argv)
     parsed = parse_arguments(argv, device, model)
-    facts = check_run(parsed)  # before anything is created
+    facts = check_run(parsed, settled.verified)  # before anything is created
     if parsed.data_report_only:
         print_data_report(parsed, argv, facts)
         return 0
@@ -95,12 +103,15 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
         if facts.datasets:
             get_logger(__name__).info(report_plan(args, facts.datasets, args.data_order))
         record_launch(args, argv, facts.datasets, start)
-    save = Path(args.save) if args.save and args.rank == 0 else None
+    save = Path(args.save) if args.save else None
     stop = stop or StopRequest()
     stop.arm(args)
     try:
-        with SavedHashes(save, start["steps"]):
-            run_pretraining(args, facts, plan, started, stop)
+        with (
+            Saves(save, Keep(args.keep_last, args.keep_every), args.rank, settled.token) as saves,
+            HangWatch(hang_timeout_s(args), Path(args.run_dir)) as watch,  # not over the last commit
+        ):
+            run_pretraining(args, facts, plan, started, Safety(args, facts, agreement, saves, watch), stop)
     except SystemExit as early:  # how Megatron leaves before the last step
         if early.code:
             raise
@@ -125,7 +136,7 @@ def print_data_report(parsed: argparse.Namespace, argv: Sequence[str], facts: Ru
 
 
 def run_pretraining(
-    args: argparse.Namespace, facts: RunFacts, plan: AttentionPlan, started: float, stop: StopRequest
+    args: argparse.Namespace, facts: RunFacts, plan: AttentionPlan, started: float, safety: Safety, stop: StopRequest
 ) -> None:
     """Hand datasets, model and forward step to Megatron; `args` are its globals already."""
     import torch
@@ -153,9 +164,9 @@ def run_pretraining(
     set_startup_timestamps(program_start=started, main_entry=time.time())
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
-        build_datasets_provider(facts.datasets, plan, stop),
+        safety.keeping_documents(build_datasets_provider(facts.datasets, plan, stop)),
         ModelType.encoder_or_decoder,
-        build_forward_step(),
+        safety.watching(build_forward_step()),
     )
     torch.distributed.destroy_process_group()
 

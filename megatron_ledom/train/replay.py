@@ -112,7 +112,7 @@ def trace_step(
     with tempfile.TemporaryDirectory(prefix="which_documents_") as cache:
         config.path_to_cache = cache
         train, _, _ = build_datasets(config, (length, 0, 0))
-        places = _places(args, start, len(train))
+        places = sample_places(args, start, len(train))
         tracer = Tracer(train, datasets)
         return [TracedSample(tracer.trace(p), m, r) for p, m, r in places], tokenizer, datasets
 
@@ -170,7 +170,7 @@ def _tokenizer_facts(tokenizer: Tokenizer) -> Any:
     )
 
 
-def _places(args: argparse.Namespace, start: int, num_samples: int) -> Iterator[tuple[int, int, int]]:
+def sample_places(args: argparse.Namespace, start: int, num_samples: int) -> Iterator[tuple[int, int, int]]:
     """The samples of the batch that begins after `start` samples: (position, micro-batch, data-parallel rank)."""
     ranks, size, batch = args.data_parallel_size, args.micro_batch_size, batch_size(args)
     if (args.dataloader_type or "single") == "single":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fork_server import ForkServer
 from small_run import SMALL, Pretrain
 
 from megatron_ledom.testing import run_distributed
@@ -28,3 +30,11 @@ def pretrain(data_arguments: list[object]) -> Pretrain:
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """A process that has imported Megatron and starts ranks at once."""
+    server = ForkServer()
+    yield server
+    server.close()

@@ -15,4 +15,11 @@ SMALL = [
     *("--eval-interval", 1000, "--eval-iters", 2),
 ]
 
+NARROW = [
+    # Still smaller, for tests that start a run many times.
+    *("--preset", "tiny", "--device", "cpu", "--num-layers", 2, "--hidden-size", 32, "--ffn-hidden-size", 64),
+    *("--seq-length", 32, "--max-position-embeddings", 32, "--micro-batch-size", 1, "--global-batch-size", 4),
+    *("--lr", 3e-3, "--log-interval", 1, "--eval-interval", 1000, "--eval-iters", 2),
+]
+
 Pretrain = Callable[..., subprocess.CompletedProcess[str]]

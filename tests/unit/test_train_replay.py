@@ -12,7 +12,7 @@ import pytest
 from megatron.training.datasets.data_samplers import MegatronPretrainingRandomSampler, MegatronPretrainingSampler
 
 from megatron_ledom.errors import InputError
-from megatron_ledom.train.replay import _places, find_launch, shorten
+from megatron_ledom.train.replay import find_launch, sample_places, shorten
 
 
 def write_run(run: Path, starts: list[dict[str, int] | None]) -> Path:
@@ -71,7 +71,7 @@ def test_samples_are_those_of_megatrons_sampler(kind: str, ranks: int, micro_bat
             for rank in range(ranks)
             for position in next(readers[rank])
         ]
-        assert list(_places(args, step * batch, num_samples)) == expected
+        assert list(sample_places(args, step * batch, num_samples)) == expected
 
 
 def test_long_texts_lose_their_middle() -> None:
