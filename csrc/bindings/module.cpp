@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/layers.h"
 #include "reversed_attention/mask.h"
 #include "reversed_attention/params.h"
 
@@ -172,4 +173,5 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("rope_cpu", &rope_cpu);
     m.def("attended", &attended);
     m.def("tiles", &tiles);
+    add_layers(m);
 }

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define LEDOM_ABI_VERSION 1u
+#define LEDOM_ABI_VERSION 2u
 
 enum ledom_status {
     LEDOM_OK = 0,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from megatron_ledom.ops.mask import Documents
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """`LEDOM_ABI_VERSION` of csrc/reversed_attention/params.h."""
 
 REBUILD = "build it with `python setup.py build_ext --inplace` (it needs a C++17 compiler with OpenMP)"

@@ -2,28 +2,11 @@
 // LEDOM_PATH is its function, and LEDOM_SPECIALISED whether head sizes 64, 128 and 192 get kernels of their own.
 #include <omp.h>
 
-#include <cstdlib>
-
+#include "common/memory.h"
 #include "reversed_attention/cpu/attention_backward.h"
 #include "reversed_attention/cpu/paths.h"
 
 namespace {
-
-// Memory that the kernels write to; aligned to a line of the cache. Null where there is no more.
-class Memory {
-  public:
-    explicit Memory(size_t floats) {
-        const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
-        at_ = static_cast<float*>(aligned_alloc(64, bytes));
-    }
-    ~Memory() { free(at_); }
-    Memory(const Memory&) = delete;
-    Memory& operator=(const Memory&) = delete;
-    float* get() const { return at_; }
-
-  private:
-    float* at_;
-};
 
 ledom::Mask mask_of(const ledom_attention_params& p, int batch) {
     const ptrdiff_t row = static_cast<ptrdiff_t>(batch) * p.seq;
