@@ -148,4 +148,6 @@ def logit_gradient_op() -> Any:
 
 
 def _empty_statistics(logits: torch.Tensor) -> Statistics:
-    return tuple(logits.new_empty(logits.shape[:1], dtype=torch.float32) for _ in range(3))  # type: ignore[return-value]
+    rows = logits.shape[:1]
+    maximum, total, predicted = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    return maximum, total, predicted

@@ -39,8 +39,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, path: str = "aut
     chosen = row_kernels(x, path) if weight.dtype == x.dtype else None
     if chosen is None:
         return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-    result, _ = rms_norm_op()(x, weight, eps, chosen)
-    return result  # type: ignore[no-any-return]
+    result: torch.Tensor = rms_norm_op()(x, weight, eps, chosen)[0]
+    return result
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""SwiGLU in one pass over memory: silu(gate) * up, where the last axis is [gate, up] as Megatron's `linear_fc1` gives it.
+"""SwiGLU in one pass over memory: silu(gate) * up, the last axis being [gate, up] as Megatron's `linear_fc1` gives it.
 
     swiglu(x)               the face: chooses a path
     ledom::swiglu           the custom op behind it, with fake tensors and autograd

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_ledom.model.attention import AttentionPlan
+    from megatron_ledom.model.layers import LayerPlan
 
 ForwardStep = Callable[[Any, Any], tuple[Any, Callable[..., Any]]]
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -62,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron.training import get_tokenizer
 
     from megatron_ledom.model.attention import plan_attention
+    from megatron_ledom.model.layers import plan_layers
 
     model = model_from_checkpoint(argv)
     parsed = parse_arguments(argv, device, model)
@@ -69,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     if parsed.data_report_only:
         print_data_report(parsed, argv, facts)
         return 0
-    plan = plan_attention(parsed, device)
+    plan, layers = plan_attention(parsed, device), plan_layers(parsed, device)
     defaults = model | vocabulary_rows(parsed, facts.hf_origin) | length_from_budget(parsed, argv)
     args = set_megatron_arguments(argv, device, defaults)
     for flag, checkpoint in facts.checkpoints.items():
@@ -88,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
         record_launch(args, argv, facts.datasets, start)
     save = Path(args.save) if args.save and args.rank == 0 else None
     with SavedHashes(save, start["steps"]):
-        run_pretraining(args, facts, plan, started)
+        run_pretraining(args, facts, plan, layers, started)
     return 0
 
 
@@ -109,13 +111,16 @@ def print_data_report(parsed: argparse.Namespace, argv: Sequence[str], facts: Ru
         print(report_plan(parsed, facts.datasets, data_order))
 
 
-def run_pretraining(args: argparse.Namespace, facts: RunFacts, plan: AttentionPlan, started: float) -> None:
+def run_pretraining(
+    args: argparse.Namespace, facts: RunFacts, plan: AttentionPlan, layers: LayerPlan, started: float
+) -> None:
     """Hand datasets, model and forward step to Megatron; `args` are its globals already."""
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
+    from megatron_ledom.model.cross_entropy import vocab_parallel_cross_entropy
     from megatron_ledom.model.spec import layer_spec_builder
     from megatron_ledom.ops.kernels import describe_kernels
 
@@ -125,10 +130,13 @@ def run_pretraining(args: argparse.Namespace, facts: RunFacts, plan: AttentionPl
         *(args.data_parallel_size, args.run_dir),
     )
     get_logger(__name__).info("attention: %s (%s)", plan.kind, plan.reason)
+    get_logger(__name__).info("norms, SwiGLU and loss: %s (%s)", layers.kind, layers.reason)
+    if layers.is_ours:
+        cpu.use_cross_entropy(vocab_parallel_cross_entropy)
     get_logger(__name__).info("%s", describe_kernels())
     model_config = gpt_config_from_args(args)
     if args.spec is None:
-        model_config.transformer_layer_spec = layer_spec_builder(plan)
+        model_config.transformer_layer_spec = layer_spec_builder(plan, layers)
     set_startup_timestamps(program_start=started, main_entry=time.time())
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),

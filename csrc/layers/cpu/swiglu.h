@@ -6,10 +6,10 @@
 
 namespace {
 
-// 1 / (1 + e^-x); the exponent is held where `exponential` has a value.
+// 1 / (1 + e^-x), and 0 where e^-x is beyond what `exponential` has.
 LEDOM_INLINE Floats sigmoid(Floats x) {
     const Floats opposite = -x;
-    return 1.0f / (1.0f + exponential(opposite > 88.0f ? splat(88.0f) : opposite));
+    return opposite > 88.0f ? Floats{} : 1.0f / (1.0f + exponential(opposite));
 }
 
 template <typename T>
