@@ -97,7 +97,7 @@ def reference_rope(
 
 
 def reference_swiglu(x: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """silu(gate) * up, of x [..., 2 F] = [gate, up].
+    """SwiGLU: silu(gate) * up, of x [..., 2 F] = [gate, up].
 
     Source: GLU Variants Improve Transformer (arXiv 2002.05202), section 2.
     """
@@ -108,7 +108,7 @@ def reference_swiglu(x: torch.Tensor, dtype: torch.dtype = torch.float64) -> tor
 def reference_rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """x / sqrt(mean of x^2 over the last axis + eps) * weight.
+    """RMSNorm: x / sqrt(mean of x^2 over the last axis + eps) * weight.
 
     Source: Root Mean Square Layer Normalization (arXiv 1910.07467), section 4.
     """

@@ -6,6 +6,7 @@ At most twice the error of plain torch in the same dtype, plus a rounding floor;
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_swiglu(width: int) -> None:
         for dtype in DTYPES:
             x = (3 * torch.randn(*rows, 2 * width)).to(dtype)
             faults += faults_against_torch(
-                lambda path: lambda x: swiglu(x, path), reference_swiglu, [x], (*rows, width)
+                lambda path: partial(swiglu, path=path), reference_swiglu, [x], (*rows, width)
             )
     assert not faults, faults
 
@@ -74,7 +75,7 @@ def test_rms_norm(width: int) -> None:
         for dtype in DTYPES:
             x, weight = torch.randn(*rows, width).to(dtype), torch.randn(width).to(dtype)
             faults += faults_against_torch(
-                lambda path: lambda x, weight: rms_norm(x, weight, EPS, path),
+                lambda path: partial(rms_norm, eps=EPS, path=path),
                 lambda x, weight: reference_rms_norm(x, weight, EPS),
                 [x, weight],
                 (*rows, width),
