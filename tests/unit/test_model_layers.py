@@ -1,4 +1,4 @@
-"""What computes norms, SwiGLU and the loss in a run: the choice, its refusals, and our modules against Megatron's own."""
+"""What computes norms, SwiGLU and the loss in a run: the choice, its refusals, our modules against Megatron's own."""
 
 from __future__ import annotations
 
