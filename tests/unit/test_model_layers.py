@@ -71,7 +71,7 @@ from megatron_ledom.engine import cpu
 from megatron_ledom.engine.arguments import set_megatron_arguments
 from megatron_ledom.model import spec
 from megatron_ledom.model.cross_entropy import vocab_parallel_cross_entropy
-from megatron_ledom.model.layers import LayerPlan
+from megatron_ledom.model.layers import LayerPlan, is_plain_swiglu
 
 start_one_rank()
 build, megatrons = spec.build_layer_spec, tensor_parallel.vocab_parallel_cross_entropy
@@ -89,6 +89,7 @@ for changed in ({}, {"add_bias_linear": True}, {"swiglu": False}):
         model = build_megatron_model(args)
         names = {type(m).__name__ for m in model.modules()}
         assert {"FusedRMSNorm", "FusedMLP"} <= names if plan.is_ours else {"RMSNorm", "MLP"} <= names, names
+        assert is_plain_swiglu(model.config) == (not changed), changed
         if kind == "megatron":
             state = model.state_dict()
         model.load_state_dict(state)
