@@ -33,18 +33,23 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CPU, CUDA = "csrc/reversed_attention/cpu", "csrc/reversed_attention/cuda"
+LAYERS = "csrc/layers/cpu"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-psabi"]
 # Each source with the flags that only it gets: the same kernels are compiled for several instruction sets.
 SOURCES: dict[str, list[str]] = {
     "csrc/bindings/module.cpp": [],
+    "csrc/bindings/layers.cpp": [],
+    f"{LAYERS}/dispatch.cpp": ["-DLEDOM_X86_PATHS"] if IS_X86 else [],
+    f"{LAYERS}/layers_portable.cpp": [],
     f"{CPU}/dispatch.cpp": ["-DLEDOM_X86_PATHS"] if IS_X86 else [],
     f"{CPU}/rope.cpp": [],
     f"{CPU}/attention_portable.cpp": [],
 }
 if IS_X86:
-    SOURCES[f"{CPU}/attention_avx2.cpp"] = ["-mavx2", "-mfma"]
-    SOURCES[f"{CPU}/attention_avx512.cpp"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
+    for _stem in (f"{CPU}/attention", f"{LAYERS}/layers"):
+        SOURCES[f"{_stem}_avx2.cpp"] = ["-mavx2", "-mfma"]
+        SOURCES[f"{_stem}_avx512.cpp"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 NO_CUDA = {f"{CUDA}/nocuda.cpp": []}
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden"]

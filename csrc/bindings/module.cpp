@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/layers.h"
 #include "reversed_attention/mask.h"
 #include "reversed_attention/params.h"
 
@@ -222,4 +223,5 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("rope", &rope);
     m.def("attended", &attended);
     m.def("tiles", &tiles);
+    add_layers(m);
 }

@@ -121,7 +121,7 @@ double run(const Case& c) {
     p.d_v = d_v.tensor;
     p.lse = lse.data();
     p.delta = delta.data();
-    p.num_threads = 2;
+    p.num_threads = c.batch > 1 ? 2 : 7;  // the latter cuts heads into pieces
     int status = ledom_attention_forward_cpu(&p, "");
     if (status == LEDOM_OK) status = ledom_attention_backward_cpu(&p, "");
     if (status != LEDOM_OK) {

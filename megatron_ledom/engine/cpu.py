@@ -14,6 +14,7 @@ What is replaced, and why (measured with megatron-core 0.19.2, torch 2.13):
     megatron Adam             see `cpu_adam`
     checkpoint writer         its results come through memory and not through a server process; a save in the background
                               is written by a fork of the rank: `cpu_saving` says why
+    collectives of one rank   see `cpu_shortcuts`, as for the scaling of gradients
     initialize_megatron       called with allow_no_cuda=True, which `pretrain()` does not pass on
 
 It owns no training logic: what runs afterwards is Megatron's own code.
@@ -93,6 +94,17 @@ def restore() -> None:
             delattr(owner, name)
         else:
             setattr(owner, name, original)
+
+
+def use_cross_entropy(function: Callable[..., Any]) -> None:
+    """Let Megatron's models compute their loss with `function`, which takes what Megatron's own takes.
+
+    Nothing in a layer specification decides it. `restore` puts Megatron's back.
+    """
+    from megatron.core import tensor_parallel
+
+    assert is_installed(), "the CPU engine is not installed"
+    _replace(tensor_parallel, "vocab_parallel_cross_entropy", function)
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
@@ -262,7 +274,9 @@ def _patch_tensor() -> None:
 
 
 def _patch_megatron() -> None:
+    import megatron.core.distributed.param_and_grad_buffer as gradient_buffers
     import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.training.training as training
@@ -270,7 +284,11 @@ def _patch_megatron() -> None:
 
     from megatron_ledom.engine import cpu_saving
     from megatron_ledom.engine.cpu_adam import CpuAdamW
+    from megatron_ledom.engine.cpu_shortcuts import scale_tensors, without_peers
 
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        _replace(gradient_buffers, name, without_peers(getattr(gradient_buffers, name)))
+    _replace(clip_grads, "multi_tensor_scale_impl", scale_tensors)
     _replace(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
     _replace(optimizer, "Adam", CpuAdamW)

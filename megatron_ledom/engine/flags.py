@@ -37,6 +37,13 @@ def add_ledom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "from the end; auto: the CPU kernels on samples in the model's order, on CUDA Megatron's own (default: auto)",
     )
     group.add_argument(
+        "--layer-kernels",
+        choices=["auto", "megatron", "ledom"],
+        default="auto",
+        help="what computes norms, SwiGLU and the loss: ledom, the fused CPU kernels; megatron, its own modules; auto: "
+        "the kernels on the CPU (default: auto)",
+    )
+    group.add_argument(
         "--run-dir",
         type=Path,
         metavar="RUN",

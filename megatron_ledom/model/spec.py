@@ -2,12 +2,14 @@
 
 Both give the same checkpoint keys (Megatron maps the local names to Transformer
 Engine's), so a checkpoint written on the CPU loads on a GPU and the other way round.
-It owns the choice and one module, `RMSNorm`; our core attention is in `attention`, the rest is Megatron's.
+It owns the choice and one module, `RMSNorm`; our core attention is in `attention`, what the fused kernels compute
+beside it in `layers`, and the rest is Megatron's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
 
     from megatron_ledom.model.attention import AttentionPlan
+    from megatron_ledom.model.layers import LayerPlan
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -39,16 +42,21 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def layer_spec_builder(plan: AttentionPlan) -> Callable[..., Any]:
-    """Return `build_layer_spec` for a run whose attention is planned, in the form that Megatron calls."""
+def layer_spec_builder(plan: AttentionPlan, layers: LayerPlan) -> Callable[..., Any]:
+    """Return `build_layer_spec` for a run whose layers are planned, in the form that Megatron calls."""
 
     def build(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
-        return build_layer_spec(config, vp_stage, plan)
+        return build_layer_spec(config, vp_stage, plan, layers)
 
     return build
 
 
-def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, plan: AttentionPlan | None = None) -> Any:
+def build_layer_spec(
+    config: GPTModelConfig,
+    vp_stage: int | None = None,
+    plan: AttentionPlan | None = None,
+    layers: LayerPlan | None = None,
+) -> Any:
     """Return the specification of this pipeline stage's layers.
 
     Megatron's own choice stands for Transformer Engine, experts, latent attention and
@@ -59,6 +67,7 @@ def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, plan: 
         config: Megatron's model configuration.
         vp_stage: the virtual pipeline stage, with interleaving.
         plan: what computes attention; None for Megatron's own.
+        layers: what computes norms and SwiGLU; None for Megatron's own.
 
     Returns:
         A `ModuleSpec` or `TransformerBlockSubmodules`, as Megatron's `GPTModel` takes them.
@@ -76,13 +85,35 @@ def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, plan: 
     if plan is not None and plan.is_ours:
         assert is_plain_layer and is_dense, "planned for dense layers"
         _put_attention(layer, plan, transformer)
+    has_kernels = layers is not None and layers.is_ours
+    if has_kernels:
+        assert is_plain_layer and is_dense, "planned for dense layers"
+        _put_feed_forward(layer)
     is_local_rms = transformer.transformer_impl == "local" and transformer.normalization == "RMSNorm"
     if not (is_plain_layer and is_dense and is_local_rms):
         return layer
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
+    norm = _norm(has_kernels)
+    layer.submodules.input_layernorm = norm
+    layer.submodules.pre_mlp_layernorm = norm
     num_layers = get_num_layers_to_build(transformer, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def _norm(has_kernels: bool) -> type[RMSNorm]:
+    if not has_kernels:
+        return RMSNorm
+    from megatron_ledom.model.layers import FusedRMSNorm
+
+    return FusedRMSNorm
+
+
+def _put_feed_forward(layer: Any) -> None:
+    """Put our feed-forward layer, made of the same parts, into the specification of a layer."""
+    from megatron_ledom.model.layers import FusedMLP
+
+    given = layer.submodules.mlp
+    assert given.func.__func__ is FusedMLP.as_mlp_submodule.__func__, given
+    layer.submodules.mlp = partial(FusedMLP.as_mlp_submodule, *given.args, **given.keywords)
 
 
 def _put_attention(layer: Any, plan: AttentionPlan, config: Any) -> None:

@@ -106,3 +106,31 @@ def rope_tables(inverse_frequencies: torch.Tensor, num_positions: int) -> tuple[
     position = torch.arange(num_positions, dtype=torch.float64, device=inverse_frequencies.device)
     angle = torch.outer(position, inverse_frequencies.double())
     return torch.cos(angle).float(), torch.sin(angle).float()
+
+
+def reference_swiglu(x: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """SwiGLU: silu(gate) * up, of x [..., 2 F] = [gate, up].
+
+    Source: GLU Variants Improve Transformer (arXiv 2002.05202), section 2.
+    """
+    gate, up = x.to(dtype).chunk(2, dim=-1)
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def reference_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """RMSNorm: x / sqrt(mean of x^2 over the last axis + eps) * weight.
+
+    Source: Root Mean Square Layer Normalization (arXiv 1910.07467), section 4.
+    """
+    x = x.to(dtype)
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight.to(dtype)
+
+
+def reference_cross_entropy(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """Each row's loss: the logarithm of its sum of exponentials, less its target's logit; [N]."""
+    logits = logits_NV.to(dtype)
+    return torch.logsumexp(logits, dim=-1) - logits.gather(-1, targets_N[:, None]).squeeze(-1)

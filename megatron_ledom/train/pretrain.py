@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,33 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_ledom.model.attention import AttentionPlan
+    from megatron_ledom.model.layers import LayerPlan
 
 ForwardStep = Callable[[Any, Any], tuple[Any, Callable[..., Any]]]
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that a run has settled before Megatron starts.
+
+    Attributes:
+        args: Megatron's global arguments.
+        facts: data and checkpoints.
+        attention: what computes attention.
+        layers: what computes norms, SwiGLU and the loss.
+        safety: what watches over the steps.
+        stop: whether the process has been asked to stop.
+        started: when the process started, seconds since the epoch.
+    """
+
+    args: argparse.Namespace
+    facts: RunFacts
+    attention: AttentionPlan
+    layers: LayerPlan
+    safety: Safety
+    stop: StopRequest
+    started: float
 
 
 def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
@@ -76,6 +101,7 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
     from megatron.training import get_tokenizer
 
     from megatron_ledom.model.attention import plan_attention
+    from megatron_ledom.model.layers import plan_layers
 
     agreement = Agreement()
     settled = settle_checkpoint(argv, agreement)
@@ -86,7 +112,7 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
     if parsed.data_report_only:
         print_data_report(parsed, argv, facts)
         return 0
-    plan = plan_attention(parsed, device)
+    plan, layers = plan_attention(parsed, device), plan_layers(parsed, device)
     defaults = model | vocabulary_rows(parsed, facts.hf_origin) | length_from_budget(parsed, argv)
     args = set_megatron_arguments(argv, device, defaults)
     for flag, checkpoint in facts.checkpoints.items():
@@ -111,7 +137,8 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
             Saves(save, Keep(args.keep_last, args.keep_every), args.rank, settled.token) as saves,
             HangWatch(hang_timeout_s(args), Path(args.run_dir)) as watch,  # not over the last commit
         ):
-            run_pretraining(args, facts, plan, started, Safety(args, facts, agreement, saves, watch), stop)
+            safety = Safety(args, facts, agreement, saves, watch)
+            run_pretraining(Launch(args, facts, plan, layers, safety, stop, started))
     except SystemExit as early:  # how Megatron leaves before the last step
         if early.code:
             raise
@@ -135,18 +162,18 @@ def print_data_report(parsed: argparse.Namespace, argv: Sequence[str], facts: Ru
         print(report_plan(parsed, facts.datasets, data_order))
 
 
-def run_pretraining(
-    args: argparse.Namespace, facts: RunFacts, plan: AttentionPlan, started: float, safety: Safety, stop: StopRequest
-) -> None:
-    """Hand datasets, model and forward step to Megatron; `args` are its globals already."""
+def run_pretraining(launch: Launch) -> None:
+    """Hand datasets, model and forward step to Megatron; `launch.args` are its globals already."""
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
+    from megatron_ledom.model.cross_entropy import vocab_parallel_cross_entropy
     from megatron_ledom.model.spec import layer_spec_builder
     from megatron_ledom.ops.kernels import describe_kernels
 
+    args, plan, layers, safety = launch.args, launch.attention, launch.layers, launch.safety
     get_logger(__name__).info(
         "%s model on %s: TP %d x PP %d x DP %d, run directory %s",
         *(args.direction, args.device, args.tensor_model_parallel_size, args.pipeline_model_parallel_size),
@@ -157,14 +184,17 @@ def run_pretraining(
             "Megatron's local layers: without Transformer Engine there is no FP8 and attention may be slow"
         )
     get_logger(__name__).info("attention: %s (%s)", plan.kind, plan.reason)
+    get_logger(__name__).info("norms, SwiGLU and loss: %s (%s)", layers.kind, layers.reason)
+    if layers.is_ours:
+        cpu.use_cross_entropy(vocab_parallel_cross_entropy)
     get_logger(__name__).info("%s", describe_kernels())
     model_config = gpt_config_from_args(args)
     if args.spec is None:
-        model_config.transformer_layer_spec = layer_spec_builder(plan)
-    set_startup_timestamps(program_start=started, main_entry=time.time())
+        model_config.transformer_layer_spec = layer_spec_builder(plan, layers)
+    set_startup_timestamps(program_start=launch.started, main_entry=time.time())
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
-        safety.keeping_documents(build_datasets_provider(facts.datasets, plan, stop)),
+        safety.keeping_documents(build_datasets_provider(launch.facts.datasets, plan, launch.stop)),
         ModelType.encoder_or_decoder,
         safety.watching(build_forward_step()),
     )

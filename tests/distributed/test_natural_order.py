@@ -28,7 +28,7 @@ def test_natural_order_gives_the_losses_of_reversed_order(
 ) -> None:
     flags = ["--num-layers", 4, "--train-iters", STEPS, *layout]
     # A reversed file read as it is, Megatron's attention; a forward file, whose documents are in natural order, ours.
-    pretrain(tmp_path / "reversed", num_processes, *flags, "--attention", "megatron")
+    pretrain(tmp_path / "reversed", num_processes, *flags, "--attention", "megatron", "--layer-kernels", "megatron")
     natural = ["--data-path", prefixes["forward"], "--attention", "ledom"]
     pretrain(tmp_path / "natural", num_processes, *flags, *natural)
     reversed_, natural_ = (read_scalars(tmp_path / name, TRAIN_LOSS) for name in ("reversed", "natural"))

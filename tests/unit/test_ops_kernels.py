@@ -138,16 +138,23 @@ def test_strides_and_layouts_are_megatrons() -> None:
     torch.testing.assert_close(gradient, same, rtol=1e-5, atol=1e-5)
 
 
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
+@pytest.mark.parametrize("heads", [(6, 2, 2), (2, 1, 1), (1, 1, 1)])
+def test_results_do_not_depend_on_the_number_of_threads(heads: tuple[int, ...]) -> None:
+    """With fewer heads than threads a head's queries and keys are taken apart."""
     torch.manual_seed(5)
-    inputs = [torch.randn(1, 300, h, 64, requires_grad=True) for h in (6, 2, 2)]
-    d_output = torch.randn(1, 300, 6, 64)
+    inputs = [torch.randn(1, 500, h, 64, requires_grad=True) for h in heads]
+    d_output = torch.randn(1, 500, heads[0], 64)
+    documents = documents_from_lengths(torch.tensor([2, 150, 151, 400, 490]), 1, 500)  # padding at both ends
+    masks = (REVERSED, natural_order_mask(Direction.REVERSE, 120, documents))
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3, 2):
+        for threads in (1, 2, 3, 7, 2):
             torch.set_num_threads(threads)
-            output = attention(*inputs, REVERSED)
-            results.append([output, *torch.autograd.grad(output, inputs, d_output)])
+            found = []
+            for mask in masks:
+                output = attention(*inputs, mask)
+                found += [output, *torch.autograd.grad(output, inputs, d_output)]
+            results.append(found)
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

@@ -1,4 +1,4 @@
-// Backward: one unit is one query head. Its rows are walked in blocks and every block its key tiles; scores are
+// Backward: one unit is one query head, or a part of one where there are fewer heads than threads. Its rows are walked in blocks and every block its key tiles; scores are
 // recomputed once and serve all three gradients:
 //
 //     P^T = exp2(K Q^T - lse)      dP^T = V dO^T      dS^T = P^T * (dP^T - delta)         lanes: rows
@@ -60,10 +60,22 @@ struct BackwardScratch {
     }
 };
 
+// What a unit computes of a head: the gradient of the queries `row_begin .. row_end`, or that of the keys and values of
+// the tiles `tile_begin .. tile_end`, or both of everything. Apart they cost 7 products of matrices instead of 5, and
+// each sum is taken in the same order.
+struct Part {
+    bool has_queries;
+    bool has_keys;
+    int row_begin;  // a multiple of kBlock
+    int row_end;
+    int tile_begin;
+    int tile_end;
+};
+
 // Everything of a block of rows that does not depend on the keys.
 template <typename T>
 void load_block(const ledom_attention_params& p, int batch, int head, int begin, int panels, int dim, int padded,
-                const BackwardScratch& s) {
+                bool has_queries, const BackwardScratch& s) {
     const Rows<T> q = head_of<T>(p.q, batch, head), o = head_of<T>(p.o, batch, head);
     const Rows<T> d_o = head_of<T>(p.d_o, batch, head);
     const size_t panel_floats = static_cast<size_t>(padded) * kPanel;
@@ -88,7 +100,7 @@ void load_block(const ledom_attention_params& p, int batch, int head, int begin,
                 for (int d = from; d < to; ++d) part = multiply_add(to_float(a[d]), to_float(b[d]), part);
                 product += part;
             }
-            p.delta[first + row] = product;
+            if (has_queries) p.delta[first + row] = product;  // of the units that pass here, one writes
             if (p.lse[first + row] != -INFINITY) lse = p.lse[first + row] * kLog2E;
         }
         s.lse[i] = lse;
@@ -149,21 +161,23 @@ LEDOM_INLINE Range rows_of_keys(const ledom::Mask& transposed, int key, int begi
 // One block of rows against all its tiles.
 template <typename T, int kDim>
 void backward_block(const ledom_attention_params& p, const ledom::Mask& mask, int batch, int head, int begin,
-                    const BackwardScratch& s, const KeyGradients& gradients) {
+                    const Part& part, const BackwardScratch& s, const KeyGradients& gradients) {
     const int dim = kDim ? kDim : p.head_dim, padded = padded_dim(dim), stride = padded + kPadding;
     const int left = p.seq - begin, panels = left < kBlock ? round_up(left, kPanel) / kPanel : kBackwardPanels;
     const int rows = panels * kPanel;
     const size_t panel_floats = static_cast<size_t>(padded) * kPanel;
     const ledom::Mask transposed = ledom::transposed(mask);
-    load_block<T>(p, batch, head, begin, panels, dim, padded, s);
-
     const ledom::Interval tiles = ledom::tiles_of(ledom::attended_by_rows(mask, begin, begin + rows), kTile);
-    for (int t = tiles.lo; t <= tiles.hi; ++t) {
+    const int tile_begin = tiles.lo > part.tile_begin ? tiles.lo : part.tile_begin;
+    const int tile_end = tiles.hi < part.tile_end ? tiles.hi + 1 : part.tile_end;
+    if (!part.has_queries && tile_begin >= tile_end) return;
+    load_block<T>(p, batch, head, begin, panels, dim, padded, part.has_queries, s);
+    for (int t = tile_begin; t < tile_end; ++t) {
         const int tile = t * kTile;
         for (int i = 0; i < panels; ++i) {
             const Range range = keys_of_panel(mask, begin + i * kPanel, tile);
             panel_gradients<kDim>(mask, begin + i * kPanel, tile, range, padded, i, s);
-            if (range.is_empty()) continue;
+            if (range.is_empty() || !part.has_queries) continue;
             const float* keys = s.keys + static_cast<ptrdiff_t>(tile + range.begin) * stride;
             for (int d = 0; d < padded; d += kRowBroadcast) {
                 multiply<kRowBroadcast, kRowVectors, Into::kAdd>(
@@ -171,7 +185,7 @@ void backward_block(const ledom_attention_params& p, const ledom::Mask& mask, in
                     s.d_queries + i * panel_floats + d * kPanel, kPanel);
             }
         }
-        for (int key = 0; key < kTile; key += kDimBroadcast) {
+        for (int key = 0; part.has_keys && key < kTile; key += kDimBroadcast) {
             const Range range = rows_of_keys(transposed, tile + key, begin, rows);
             if (range.is_empty()) continue;
             const float *weights = s.weights + key * kBlock + range.begin;
@@ -188,6 +202,7 @@ void backward_block(const ledom_attention_params& p, const ledom::Mask& mask, in
             }
         }
     }
+    if (!part.has_queries) return;
     float factor[kPanel];
     for (int lane = 0; lane < kPanel; ++lane) factor[lane] = p.scale;
     for (int i = 0; i < panels; ++i) {
@@ -196,26 +211,45 @@ void backward_block(const ledom_attention_params& p, const ledom::Mask& mask, in
     }
 }
 
-// One query head: d_q is written, dK and dV are left in `gradients`.
+// A part of one query head: d_q is written, dK and dV are left in `gradients`.
 template <typename T, int kDim>
-void backward_head(const ledom_attention_params& p, const ledom::Mask& mask, int batch, int head,
+void backward_head(const ledom_attention_params& p, const ledom::Mask& mask, int batch, int head, const Part& part,
                    const BackwardScratch& s, const KeyGradients& gradients) {
-    const int dim = kDim ? kDim : p.head_dim, padded = padded_dim(dim);
-    const int kv_head = head / (p.heads / p.kv_heads), rows = static_cast<int>(KeyGradients::rows(p.seq));
-    copy_rows(head_of<T>(p.k, batch, kv_head), 0, rows, p.seq, dim, padded, s.keys, padded + kPadding);
-    copy_rows(head_of<T>(p.v, batch, kv_head), 0, rows, p.seq, dim, padded, s.values, padded + kPadding);
-    memset(gradients.d_keys, 0, sizeof(float) * rows * padded);
-    memset(gradients.d_values, 0, sizeof(float) * rows * padded);
-    for (int begin = 0; begin < p.seq; begin += kBlock) {
-        backward_block<T, kDim>(p, mask, batch, head, begin, s, gradients);
+    const int dim = kDim ? kDim : p.head_dim, padded = padded_dim(dim), stride = padded + kPadding;
+    const int kv_head = head / (p.heads / p.kv_heads);
+    const int begin = part.tile_begin * kTile, rows = (part.tile_end - part.tile_begin) * kTile;
+    const ptrdiff_t at = static_cast<ptrdiff_t>(begin) * stride, own = static_cast<ptrdiff_t>(begin) * padded;
+    copy_rows(head_of<T>(p.k, batch, kv_head), begin, rows, p.seq, dim, padded, s.keys + at, stride);
+    copy_rows(head_of<T>(p.v, batch, kv_head), begin, rows, p.seq, dim, padded, s.values + at, stride);
+    if (part.has_keys) {
+        memset(gradients.d_keys + own, 0, sizeof(float) * rows * padded);
+        memset(gradients.d_values + own, 0, sizeof(float) * rows * padded);
+    }
+    for (int row = part.row_begin; row < part.row_end; row += kBlock) {
+        backward_block<T, kDim>(p, mask, batch, head, row, part, s, gradients);
     }
 }
 
-// d_k and d_v of one key head: the sum over the query heads that read it, `floats` apart, times `scale` for d_k.
+// The parts of a head of `seq` tokens: all of it, or first `pieces` of its queries, then as many of its keys.
+LEDOM_INLINE Part part_of(const ledom::Mask& mask, int pieces, int piece) {
+    const int blocks = (mask.seq + kBlock - 1) / kBlock, tiles = (mask.seq + kTile - 1) / kTile;
+    if (pieces == 0) return {true, true, 0, mask.seq, 0, tiles};
+    const auto cut = [pieces](int whole, int i) { return static_cast<int>(static_cast<int64_t>(whole) * i / pieces); };
+    if (piece >= pieces) {
+        return {false, true, 0, mask.seq, cut(tiles, piece - pieces), cut(tiles, piece - pieces + 1)};
+    }
+    const int begin = cut(blocks, piece) * kBlock, end = cut(blocks, piece + 1) * kBlock;
+    const int row_end = end < mask.seq ? end : mask.seq;
+    if (begin >= row_end) return {true, false, 0, 0, 0, 0};
+    const ledom::Interval attended = ledom::tiles_of(ledom::attended_by_rows(mask, begin, row_end), kTile);
+    return {true, false, begin, row_end, attended.lo, attended.hi + 1 > attended.lo ? attended.hi + 1 : attended.lo};
+}
+
+// Rows of d_k or d_v of one key head: the sum over the query heads that read it, `floats` apart, times `scale` for d_k.
 template <typename T>
-void add_up(const float* parts, ptrdiff_t part_floats, int num_parts, int seq, int dim, int padded, float scale,
+void add_up(const float* parts, ptrdiff_t part_floats, int num_parts, Range rows, int dim, int padded, float scale,
             Rows<T> to) {
-    for (int row = 0; row < seq; ++row) {
+    for (int row = rows.begin; row < rows.end; ++row) {
         T* line = to[row];
         const float* from = parts + static_cast<ptrdiff_t>(row) * padded;
         for (int d = 0; d < dim; ++d) {

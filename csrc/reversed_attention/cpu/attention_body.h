@@ -2,28 +2,11 @@
 // LEDOM_PATH is its function, and LEDOM_SPECIALISED whether head sizes 64, 128 and 192 get kernels of their own.
 #include <omp.h>
 
-#include <cstdlib>
-
+#include "common/cpu/memory.h"
 #include "reversed_attention/cpu/attention_backward.h"
 #include "reversed_attention/cpu/paths.h"
 
 namespace {
-
-// Memory that the kernels write to; aligned to a line of the cache. Null where there is no more.
-class Memory {
-  public:
-    explicit Memory(size_t floats) {
-        const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
-        at_ = static_cast<float*>(aligned_alloc(64, bytes));
-    }
-    ~Memory() { free(at_); }
-    Memory(const Memory&) = delete;
-    Memory& operator=(const Memory&) = delete;
-    float* get() const { return at_; }
-
-  private:
-    float* at_;
-};
 
 ledom::Mask mask_of(const ledom_attention_params& p, int batch) {
     const ptrdiff_t row = static_cast<ptrdiff_t>(batch) * p.seq;
@@ -57,39 +40,58 @@ int forward(const ledom_attention_params& p) {
     return status;
 }
 
+// Into how many pieces each head's queries and keys are cut, apart: 0 where whole heads keep the threads busier. Cutting
+// costs 7 / 5 of the work. The number of threads decides, and no result depends on it.
+int pieces_of(const ledom_attention_params& p) {
+    const int64_t heads = static_cast<int64_t>(p.batch) * p.heads, threads = threads_of(p);
+    if (7 * heads >= 5 * threads) return 0;
+    const int64_t wanted = (4 * threads + heads - 1) / heads, blocks = (p.seq + kBlock - 1) / kBlock;
+    return static_cast<int>(wanted < blocks ? wanted : blocks);  // several a thread: their work differs
+}
+
 template <typename T, int kDim>
 int backward(const ledom_attention_params& p) {
-    const int padded = padded_dim(p.head_dim), group = p.heads / p.kv_heads;
-    const int64_t heads = static_cast<int64_t>(p.batch) * p.heads;
+    const int padded = padded_dim(p.head_dim), group = p.heads / p.kv_heads, pieces = pieces_of(p);
+    const int64_t heads = static_cast<int64_t>(p.batch) * p.heads, units = pieces ? 2 * pieces : 1;
     const ptrdiff_t half = static_cast<ptrdiff_t>(KeyGradients::rows(p.seq)) * padded;
-    // A key head that one query head reads needs no memory beyond its thread's.
-    const Memory parts(group > 1 ? 2 * half * heads : 0);
-    if (group > 1 && parts.get() == nullptr) return LEDOM_OUT_OF_MEMORY;
+    // A key head that one unit computes needs no memory beyond its thread's.
+    const bool is_shared = group > 1 || pieces;
+    const Memory parts(is_shared ? 2 * half * heads : 0);
+    if (is_shared && parts.get() == nullptr) return LEDOM_OUT_OF_MEMORY;
+    constexpr int kRows = 256;
+    const int chunks = (p.seq + kRows - 1) / kRows;
     int status = LEDOM_OK;
 #pragma omp parallel num_threads(threads_of(p))
     {
-        const Memory memory(BackwardScratch::floats(p.seq, padded) + (group > 1 ? 0 : 2 * half));
+        const Memory memory(BackwardScratch::floats(p.seq, padded) + (is_shared ? 0 : 2 * half));
         if (memory.get() == nullptr) {
 #pragma omp atomic write
             status = LEDOM_OUT_OF_MEMORY;
         }
         const BackwardScratch scratch(memory.get(), p.seq, padded);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < heads; ++unit) {
+        for (int64_t unit = 0; unit < heads * units; ++unit) {
             if (memory.get() == nullptr) continue;
-            const int batch = static_cast<int>(unit / p.heads), head = static_cast<int>(unit % p.heads);
-            float* own = group > 1 ? parts.get() + 2 * half * unit : memory.get() + BackwardScratch::floats(p.seq, padded);
-            backward_head<T, kDim>(p, mask_of(p, batch), batch, head, scratch, {own, own + half});
-            if (group > 1) continue;
-            add_up(own, 0, 1, p.seq, p.head_dim, padded, p.scale, head_of<T>(p.d_k, batch, head));
-            add_up(own + half, 0, 1, p.seq, p.head_dim, padded, 1.0f, head_of<T>(p.d_v, batch, head));
+            const int64_t at = unit / units;
+            const int batch = static_cast<int>(at / p.heads), head = static_cast<int>(at % p.heads);
+            const ledom::Mask mask = mask_of(p, batch);
+            const Part part = part_of(mask, pieces, static_cast<int>(unit % units));
+            float* own = is_shared ? parts.get() + 2 * half * at : memory.get() + BackwardScratch::floats(p.seq, padded);
+            backward_head<T, kDim>(p, mask, batch, head, part, scratch, {own, own + half});
+            if (is_shared) continue;
+            add_up(own, 0, 1, {0, p.seq}, p.head_dim, padded, p.scale, head_of<T>(p.d_k, batch, head));
+            add_up(own + half, 0, 1, {0, p.seq}, p.head_dim, padded, 1.0f, head_of<T>(p.d_v, batch, head));
         }
+        const int64_t sums = is_shared ? static_cast<int64_t>(p.batch) * p.kv_heads * chunks : 0;
 #pragma omp for schedule(static, 1)
-        for (int64_t unit = 0; unit < (group > 1 ? static_cast<int64_t>(p.batch) * p.kv_heads : 0); ++unit) {
+        for (int64_t sum = 0; sum < sums; ++sum) {
+            const int64_t unit = sum / chunks;
             const int batch = static_cast<int>(unit / p.kv_heads), head = static_cast<int>(unit % p.kv_heads);
+            const int begin = static_cast<int>(sum % chunks) * kRows;
+            const Range rows = {begin, begin + kRows < p.seq ? begin + kRows : p.seq};
             const float* own = parts.get() + 2 * half * group * unit;
-            add_up(own, 2 * half, group, p.seq, p.head_dim, padded, p.scale, head_of<T>(p.d_k, batch, head));
-            add_up(own + half, 2 * half, group, p.seq, p.head_dim, padded, 1.0f, head_of<T>(p.d_v, batch, head));
+            add_up(own, 2 * half, group, rows, p.head_dim, padded, p.scale, head_of<T>(p.d_k, batch, head));
+            add_up(own + half, 2 * half, group, rows, p.head_dim, padded, 1.0f, head_of<T>(p.d_v, batch, head));
         }
     }
     return status;

@@ -6,16 +6,27 @@
 
 namespace {
 
+// Pairs (a, b) that lie kStep elements apart. Input and output may be the same memory, but not shifted.
+template <int kStep, typename T>
+LEDOM_INLINE void turn_pairs(int half, const T* a, const T* b, T* to_a, T* to_b, const float* cosines,
+                             const float* sines, float sign) {
+#pragma omp simd
+    for (int d = 0; d < half; ++d) {
+        const float first = to_float(a[d * kStep]), second = to_float(b[d * kStep]);
+        const float cosine = cosines[d], sine = sines[d] * sign;
+        from_float(first * cosine - second * sine, to_a + d * kStep);
+        from_float(second * cosine + first * sine, to_b + d * kStep);
+    }
+}
+
 // One token of one head: y = x turned; `sign` is -1 to turn back.
 template <typename T>
 void turn_token(const ledom_rope_params& p, const T* x, T* y, const float* cosines, const float* sines, float sign) {
     const int half = p.rotary_dim / 2;
-    const int step = p.interleaved ? 2 : 1, partner = p.interleaved ? 1 : half;
-    for (int d = 0; d < half; ++d) {
-        const float a = to_float(x[d * step]), b = to_float(x[d * step + partner]);
-        const float cosine = cosines[d], sine = sines[d] * sign;
-        from_float(a * cosine - b * sine, y + d * step);
-        from_float(b * cosine + a * sine, y + d * step + partner);
+    if (p.interleaved) {
+        turn_pairs<2>(half, x, x + 1, y, y + 1, cosines, sines, sign);
+    } else {
+        turn_pairs<1>(half, x, x + half, y, y + half, cosines, sines, sign);
     }
     if (x != y) memcpy(y + p.rotary_dim, x + p.rotary_dim, sizeof(T) * (p.head_dim - p.rotary_dim));
 }

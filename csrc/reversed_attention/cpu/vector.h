@@ -50,11 +50,11 @@ LEDOM_INLINE float multiply_add(float a, float b, float c) {
 }
 LEDOM_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// 2 to the power of x, for x <= 127; 0 below -126, and NaN for NaN. Relative error about 1e-7.
-LEDOM_INLINE Floats power_of_two(Floats x) {
-    const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: added, it leaves the nearest integer in the lowest bits
-    const Floats shifted = x + shift;
-    const Floats f = x - (shifted - shift);  // -0.5 .. 0.5
+// Added, it leaves the nearest integer in the lowest bits of a number: 1.5 * 2^23.
+constexpr float kShift = 12582912.0f;
+
+// 2 to the power of n + f, for f in -0.5 .. 0.5 and `shifted` = n + kShift; wraps around below -126.
+LEDOM_INLINE Floats power_of_parts(Floats f, Floats shifted) {
     // Minimax in the relative error: 1.6e-8 before rounding.
     Floats p = splat(1.53458118828391e-4f);
     p = p * f + 1.3399931217935109e-3f;
@@ -63,8 +63,23 @@ LEDOM_INLINE Floats power_of_two(Floats x) {
     p = p * f + 2.402264689063016e-1f;
     p = p * f + 6.931472057372658e-1f;
     p = p * f + 1.0f;
-    const Floats value = (Floats)((Bits)p + ((Bits)shifted << 23));  // may wrap around below -126
+    return (Floats)((Bits)p + ((Bits)shifted << 23));
+}
+
+// 2 to the power of x, for x <= 127; 0 below -126, and NaN for NaN. Relative error about 1e-7.
+LEDOM_INLINE Floats power_of_two(Floats x) {
+    const Floats shift = splat(kShift), shifted = x + shift;
+    const Floats value = power_of_parts(x - (shifted - shift), shifted);
     return x < -126.0f ? Floats{} : value;
+}
+
+// e to the power of x, for x <= 88; 0 below -87, and NaN for NaN. Relative error about 1e-7 for large |x| too: the
+// multiple of ln 2 is taken off in two parts, of which the first has no rounding.
+LEDOM_INLINE Floats exponential(Floats x) {
+    const Floats shift = splat(kShift), shifted = x * 1.44269504088896340736f + shift, n = shifted - shift;
+    const Floats rest = (x - n * 0.693359375f) - n * -2.12194440054690583e-4f;
+    const Floats value = power_of_parts(rest * 1.44269504088896340736f, shifted);
+    return x < -87.0f ? Floats{} : value;
 }
 
 enum class Into { kStore, kAdd, kScaleAndAdd };

@@ -1,0 +1,2 @@
+#define LEDOM_PATH(name) name##_avx512
+#include "layers/cpu/layers_body.h"
