@@ -99,7 +99,7 @@ def check_transformer_engine(node: str) -> list[Finding]:
         te = importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        text = f"cannot be imported ({reason}): training on CUDA needs it, or --transformer-impl local"
+        text = f"cannot be imported ({reason}): training takes Megatron's local layers, without FP8"
         return [Finding("Transformer Engine", Level.NOTE, text, node)]
     layer = te.Linear(256, 256, bias=False, params_dtype=torch.bfloat16, device="cuda")
     given = torch.randn(128, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -69,7 +69,7 @@ for tool, argv in json.load(sys.stdin):
         if tool == "pretrain.py":
             args = validate_arguments(parse_arguments(argv, "cuda"))
             sizes = [args.world_size, args.data_parallel_size]
-            answers.append([args.preset, *sizes, args.transformer_impl, args.data_path])
+            answers.append([args.preset, *sizes, args.bf16, args.sequence_parallel, args.data_path])
         else:
             spec = importlib.util.spec_from_file_location("tool", Path("tools") / tool)
             module = importlib.util.module_from_spec(spec)
@@ -106,8 +106,8 @@ def test_printed_commands_parse_and_megatron_accepts_them_at_64_gpus() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(done.stdout.splitlines()[-1])
-    assert answers[1] == ["2b", 64, 64, "transformer_engine", ["1", "a", "2", "b"]]
-    assert answers[3] == ["7b", 64, 32, "transformer_engine", ["one"]], "TP 2, as the released layout"
+    assert answers[1] == ["2b", 64, 64, True, False, ["1", "a", "2", "b"]]
+    assert answers[3] == ["7b", 64, 32, True, True, ["one"]], "TP 2 with sequence parallelism"
 
 
 def test_containers() -> None:
