@@ -1,1 +1,1 @@
-"""A job's nodes before it trains on them: health, speed against each other, data, disk, configuration."""
+"""A job before it trains: what it will need, its layout proven, its nodes checked by name."""
