@@ -7,6 +7,9 @@ It owns the choice and one module, `RMSNorm`; our core attention is in `attentio
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
 
     from megatron_ledom.model.attention import AttentionPlan
+    from megatron_ledom.model.precision import Emulation
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -39,16 +43,21 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def layer_spec_builder(plan: AttentionPlan) -> Callable[..., Any]:
+def layer_spec_builder(plan: AttentionPlan, emulation: Emulation | None = None) -> Callable[..., Any]:
     """Return `build_layer_spec` for a run whose attention is planned, in the form that Megatron calls."""
 
     def build(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
-        return build_layer_spec(config, vp_stage, plan)
+        return build_layer_spec(config, vp_stage, plan, emulation)
 
     return build
 
 
-def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, plan: AttentionPlan | None = None) -> Any:
+def build_layer_spec(
+    config: GPTModelConfig,
+    vp_stage: int | None = None,
+    plan: AttentionPlan | None = None,
+    emulation: Emulation | None = None,
+) -> Any:
     """Return the specification of this pipeline stage's layers.
 
     Megatron's own choice stands for Transformer Engine, experts, latent attention and
@@ -59,6 +68,7 @@ def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, plan: 
         config: Megatron's model configuration.
         vp_stage: the virtual pipeline stage, with interleaving.
         plan: what computes attention; None for Megatron's own.
+        emulation: the FP8 recipe that linear layers emulate; None for none. Dense local layers only.
 
     Returns:
         A `ModuleSpec` or `TransformerBlockSubmodules`, as Megatron's `GPTModel` takes them.
@@ -66,7 +76,7 @@ def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, plan: 
     Source: `megatron.training.models.gpt.default_layer_spec`.
     """
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-    from megatron.core.transformer.transformer_layer import TransformerLayer
+    from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
     from megatron.training.models.gpt import default_layer_spec
 
     layer = default_layer_spec(config, vp_stage)
@@ -78,11 +88,34 @@ def build_layer_spec(config: GPTModelConfig, vp_stage: int | None = None, plan: 
         _put_attention(layer, plan)
     is_local_rms = transformer.transformer_impl == "local" and transformer.normalization == "RMSNorm"
     if not (is_plain_layer and is_dense and is_local_rms):
+        assert emulation is None, "FP8 is emulated in dense local layers with RMSNorm only"
         return layer
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(transformer, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    layers = [layer] * num_layers
+    if emulation is not None:
+        rounded = _with_emulation(layer, emulation)
+        offset = get_transformer_layer_offset(transformer, vp_stage)
+        is_rounded = [emulation.applies_to(offset + i, transformer.num_layers) for i in range(num_layers)]
+        layers = [rounded if is_so else layer for is_so in is_rounded]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _with_emulation(layer: Any, emulation: Emulation) -> Any:
+    """A copy of a dense layer's specification whose four linear layers emulate an FP8 recipe."""
+    from megatron_ledom.model.precision import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
+
+    column = functools.partial(EmulatedColumnParallelLinear, emulation=emulation)
+    row = functools.partial(EmulatedRowParallelLinear, emulation=emulation)
+    submodules = copy.copy(layer.submodules)
+    attention, mlp = copy.copy(submodules.self_attention), submodules.mlp
+    attention.submodules = dataclasses.replace(attention.submodules, linear_qkv=column, linear_proj=row)
+    parts = dataclasses.replace(mlp.keywords["submodules"], linear_fc1=column, linear_fc2=row)
+    submodules.self_attention, submodules.mlp = attention, functools.partial(mlp.func, submodules=parts)
+    rounded = copy.copy(layer)
+    rounded.submodules = submodules
+    return rounded
 
 
 def _put_attention(layer: Any, plan: AttentionPlan) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ledom.data.blend import plan_blend
 from megatron_ledom.data.order import EPOCHS
 from megatron_ledom.data.tokenizers import check_engine_tokenizer
 from megatron_ledom.engine import cpu, wheel
@@ -26,13 +27,22 @@ from megatron_ledom.engine.arguments import (
     set_megatron_arguments,
 )
 from megatron_ledom.engine.device import resolve_device
+from megatron_ledom.engine.watching import watched
 from megatron_ledom.log import get_logger
-from megatron_ledom.train.datasets import build_datasets_provider, length_from_budget, report_plan
+from megatron_ledom.train.datasets import (
+    build_datasets_provider,
+    length_from_budget,
+    num_train_samples,
+    report_plan,
+    train_sources,
+)
 from megatron_ledom.train.guards import RunFacts, check_run, check_schedule
 from megatron_ledom.train.order_guard import settle_order, written_order
 from megatron_ledom.train.run_directory import record_launch
 from megatron_ledom.train.saved_hashes import SavedHashes
+from megatron_ledom.train.shadow import Shadow
 from megatron_ledom.train.starting_point import check_same_model, model_from_checkpoint, vocabulary_rows
+from megatron_ledom.train.watch import Watch
 
 if TYPE_CHECKING:
     import torch
@@ -88,8 +98,10 @@ def main(argv: Sequence[str]) -> int:
             get_logger(__name__).info(report_plan(args, facts.datasets, args.data_order))
         record_launch(args, argv, facts.datasets, start)
     save = Path(args.save) if args.save and args.rank == 0 else None
-    with SavedHashes(save, start["steps"]):
-        run_pretraining(args, facts, plan, started)
+    sources, num_samples = train_sources(args, facts.datasets, args.data_order), num_train_samples(args)
+    watch = Watch(args, plan_blend(sources, num_samples, args.seq_length), num_samples, start, started)
+    with SavedHashes(save, start["steps"]), watch:
+        run_pretraining(args, facts, plan, watch, started)
     return 0
 
 
@@ -110,13 +122,16 @@ def print_data_report(parsed: argparse.Namespace, argv: Sequence[str], facts: Ru
         print(report_plan(parsed, facts.datasets, data_order))
 
 
-def run_pretraining(args: argparse.Namespace, facts: RunFacts, plan: AttentionPlan, started: float) -> None:
+def run_pretraining(
+    args: argparse.Namespace, facts: RunFacts, plan: AttentionPlan, watch: Watch, started: float
+) -> None:
     """Hand datasets, model and forward step to Megatron; `args` are its globals already."""
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
+    from megatron_ledom.model.precision import plan_emulation
     from megatron_ledom.model.spec import layer_spec_builder
     from megatron_ledom.ops.kernels import describe_kernels
 
@@ -131,16 +146,21 @@ def run_pretraining(args: argparse.Namespace, facts: RunFacts, plan: AttentionPl
         )
     get_logger(__name__).info("attention: %s (%s)", plan.kind, plan.reason)
     get_logger(__name__).info("%s", describe_kernels())
+    emulation = plan_emulation(args)
+    if emulation is not None:
+        get_logger(__name__).info("precision: %s, emulated in the linear layers", args.precision)
     model_config = gpt_config_from_args(args)
     if args.spec is None:
-        model_config.transformer_layer_spec = layer_spec_builder(plan)
+        model_config.transformer_layer_spec = layer_spec_builder(plan, emulation)
+    shadow = Shadow(args, emulation, watch.record, facts.resumed)
     set_startup_timestamps(program_start=started, main_entry=time.time())
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        build_datasets_provider(facts.datasets, plan),
-        ModelType.encoder_or_decoder,
-        build_forward_step(),
-    )
+    with watched(watch):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            build_datasets_provider(facts.datasets, plan),
+            ModelType.encoder_or_decoder,
+            build_forward_step(shadow),
+        )
     torch.distributed.destroy_process_group()
 
 
@@ -156,16 +176,18 @@ def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, to
     return {key: batch[key].cuda(non_blocking=True) if key in batch else None for key in BATCH_KEYS}
 
 
-def build_forward_step() -> ForwardStep:
-    """Return Megatron's forward step for this run: it keeps the clock that tells the time left."""
+def build_forward_step(shadow: Shadow | None = None) -> ForwardStep:
+    """Return Megatron's forward step for this run.
+
+    Args:
+        shadow: compares FP8 with BF16 now and then; None for a run without.
+    """
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args
 
-    from megatron_ledom.model.loss import build_loss_function
-    from megatron_ledom.train.metrics import TimeLeft
+    from megatron_ledom.model.loss import build_loss_function, mean_loss
 
     args = get_args()
-    time_left = TimeLeft()
 
     def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Callable[[torch.Tensor], Any]]:
         """Run one micro-batch through this pipeline stage.
@@ -178,19 +200,24 @@ def build_forward_step() -> ForwardStep:
             The stage's output (losses [B, S] on the last stage, hidden states elsewhere)
             and the function that turns the last one into (sum, count, report).
         """
-        if model.training and args.train_iters:
-            time_left.update(args.curr_iteration, args.train_iters)
         is_first = get_attr_wrapped_model(model, "pre_process")
         is_last = get_attr_wrapped_model(model, "post_process")
         has_use = is_first or is_last or args.create_attention_mask_in_dataloader
         batch: dict[str, Any] = next_batch(data_iterator) if has_use else dict.fromkeys(BATCH_KEYS)
-        output = model(
-            batch["tokens"],
-            batch["position_ids"],
-            batch["attention_mask"],
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-        )
+
+        def run_model() -> Any:
+            return model(
+                batch["tokens"],
+                batch["position_ids"],
+                batch["attention_mask"],
+                labels=batch["labels"],
+                loss_mask=batch["loss_mask"],
+            )
+
+        is_shadowed = shadow is not None and shadow.before(model, lambda: mean_loss(batch["loss_mask"], run_model()))
+        output = run_model()
+        if shadow is not None and is_shadowed:
+            shadow.after(model, mean_loss(batch["loss_mask"], output))
         return output, build_loss_function(batch["loss_mask"], check_finite=args.check_for_nan_in_loss_and_grad)
 
     return forward_step
