@@ -1,9 +1,9 @@
 """Linear layers that compute as in 8 bits: Megatron's own, with the products of an FP8 recipe emulated.
 
 On a GPU Transformer Engine does this; here its recipes run on any machine, to see what they do to a loss. Only the
-three products of a linear layer are touched (Megatron's `_forward_impl`, one method); weights, initialisation, tensor and
-sequence parallelism, checkpoints are Megatron's. The embedding, the attention scores, the norms and the output layer
-stay as they are, as they do with Transformer Engine.
+three products of a linear layer are touched (Megatron's `_forward_impl`, one method); weights, initialisation, tensor
+and sequence parallelism, checkpoints are Megatron's. The embedding, the attention scores, the norms and the output
+layer stay as they are, as they do with Transformer Engine.
 
     y = x w^T            x: E4M3     w: E4M3         forward
     dx = dy w            dy: E5M2    w: E4M3         backward, gradients of the input     (blockwise: dy in E4M3)

@@ -205,14 +205,17 @@ def _goodput(run: RunFacts, name: str) -> str:
     goodput = run.goodput
     if goodput is None or goodput.total_s <= 0:
         return f"<p class='empty'>{escape(name)}: no events were written down</p>"
-    parts = list(zip(CLASSES, CLASS_COLOURS, strict=True))
+    parts, seconds, total_s = list(zip(CLASSES, CLASS_COLOURS, strict=True)), goodput.seconds, goodput.total_s
+
+    def share(name: str) -> float:
+        return 100 * seconds[name] / total_s
+
     bar = "".join(
-        f"<i style='background:{colour};width:{100 * goodput.seconds[c] / goodput.total_s:.2f}%' title='{escape(c)}'></i>"
-        for c, colour in parts
+        f"<i style='background:{colour};width:{share(c):.2f}%' title='{escape(c)}'></i>" for c, colour in parts
     )
     cells = "".join(
         f"<li><i style='background:{colour}'></i>{escape(c)} <b>{format_seconds(goodput.seconds[c])}</b> "
-        f"({100 * goodput.seconds[c] / goodput.total_s:.0f} %)</li>"
+        f"({share(c):.0f} %)</li>"
         for c, colour in parts
         if goodput.seconds[c] > 0 or c == STEPS
     )
@@ -251,10 +254,9 @@ def _data_table(run: RunFacts) -> str:
             f"<td class='n'>{facts['tokens']:,}</td><td class='n'>{epochs}</td><td><code>"
             f"{escape(str(facts.get('bin_sha256') or '')[:16])}</code></td></tr>"
         )
-    head = (
-        "<tr><th>source</th><th>ids on disk</th><th>documents</th><th>tokens</th><th>epochs so far</th><th>SHA-256</th>"
-    )
-    return f"<div class='scroll'><table>{head}</tr>{rows}</table></div>"
+    titles = ("source", "ids on disk", "documents", "tokens", "epochs so far", "SHA-256")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    return f"<div class='scroll'><table><tr>{head}</tr>{rows}</table></div>"
 
 
 def _configuration(run: RunFacts) -> str:

@@ -87,7 +87,7 @@ SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", 
 
 
 def find_twin(run: RunFacts) -> RunFacts | None:
-    """The run beside this one, in the same folder, of the other direction and the same shape; None without exactly one."""
+    """The one run in the same folder of the other direction and the same shape; None where there is none or several."""
     found = []
     for path in sorted(run.folder.absolute().parent.iterdir()):
         if path == run.folder.absolute() or not (path / "run.json").is_file():
@@ -107,7 +107,7 @@ def _shape(arguments: dict[str, Any]) -> list[Any]:
 
 
 def changed_arguments(launches: Sequence[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """The arguments that differ among launches: name and the value of each launch; of where things lie and ran, none."""
+    """The arguments that differ among launches: name, and the value of each launch."""
     tables = [launch["megatron_arguments"] for launch in launches]
     names = sorted(set().union(*tables))
     ignored = {"rank", "local_rank", "load", "iteration", "consumed_train_samples", "consumed_valid_samples"}

@@ -1,9 +1,9 @@
 """RUN/events.jsonl: what happened to a run beside its steps, one JSON object a line.
 
-    {"time": 1795693000.2, "step": 120, "kind": "evaluation", "text": "loss 3.301", "fields": {"loss": 3.301, "seconds": 2.1}}
+    {"time": 1795693000.2, "step": 120, "kind": "evaluation", "text": "loss 3.301", "fields": {"loss": 3.301}}
 
-`time` is in seconds since 1970, `step` the last finished iteration, `kind` one of the words below, `text` for people and
-`fields` for programs. A line is written at once and whole; what a killed process left half is passed over by the
+`time` is in seconds since 1970, `step` the last finished iteration, `kind` one of the words below, `text` for people
+and `fields` for programs. A line is written at once and whole; what a killed process left half is passed over by the
 reader. Any part of a run may write here (`record_event`); kinds that a reader does not know are shown as they are.
 """
 

@@ -4,8 +4,8 @@
 
 The shadow is a forward pass without gradients, of the same weights on the same tokens, with the FP8 recipe off: it
 changes no weight, no history and no random state. A gap beyond the tolerance is a breach: said, or the end of the run,
-or the end of FP8 (`--shadow-policy`). A run that went on in BF16 also resumes in BF16: the checkpoint's arguments say so.
-Where the recipe is emulated, the layer whose product is farthest from BF16 is named.
+or the end of FP8 (`--shadow-policy`). A run that went on in BF16 also resumes in BF16: the checkpoint's arguments say
+so. Where the recipe is emulated, the layer whose product is farthest from BF16 is named.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ class Shadow:
         )
         if args.shadow_policy == STOP:
             raise PrecisionError(
-                f"stopped at step {step} by --shadow-policy stop: {text}. Go on from the last checkpoint with --precision "
-                "bf16, or with another recipe"
+                f"stopped at step {step} by --shadow-policy stop: {text}. Go on from the last checkpoint with "
+                "--precision bf16, or with another recipe"
             )
         if args.shadow_policy == SWITCH:
             setattr(args, SWITCHED, step)

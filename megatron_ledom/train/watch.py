@@ -1,8 +1,8 @@
 """What a run tells while it goes on: metrics.jsonl, events, scalars for TensorBoard and W&B, a line for the terminal.
 
 Megatron logs the loss, the gradient norm, the learning rate and memory to TensorBoard (and W&B, with
-`--wandb-project`) by itself. This adds what it leaves out, every `--log-interval` steps, on the last rank, which has the
-loss and Megatron's writers:
+`--wandb-project`) by itself. This adds what it leaves out, every `--log-interval` steps, on the last rank, which has
+the loss and Megatron's writers:
 
     tokens-per-second   of all ranks together, evaluations and saves not counted
     mfu                 share of the devices' peak, where the peak is known
@@ -63,7 +63,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         args = self._args
-        layout = f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x DP {args.data_parallel_size}"
+        tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+        layout = f"TP {tensor} x PP {pipeline} x DP {args.data_parallel_size}"
         fields = {"world_size": args.world_size, "layout": layout, "precision": args.precision}
         fields["started"] = round(self._started, 3)
         if self._start:
