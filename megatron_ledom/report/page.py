@@ -134,12 +134,12 @@ def _figures(runs: Sequence[RunFacts], names: Sequence[str], colours: Sequence[s
         ("Tokens per second", "all ranks, evaluations and saves not counted", _metric_plot(lines, "tokens_per_s")),
         ("MFU", "share of the devices' peak", _metric_plot(lines, "mfu")),
         ("Peak memory", "of the last rank, GiB", Plot(lines(_memory), "GiB", from_zero=True)),
-        ("Skipped steps", "since each launch", _metric_plot(lines, "skipped_steps")),
+        ("Skipped steps", "so far", Plot(lines(skipped_so_far), from_zero=True)),
         ("Epochs by source", "how often each source has been read", Plot(_epochs(runs, names), "", from_zero=True)),
         ("FP8 against BF16", "gap of the loss at each shadow check", Plot(lines(_gaps, dots=True), "nats", marks)),
     ]
     shown = [_figure(title, note, plot) for title, note, plot in figures if plot.lines]
-    return f"<div class='figures'>{''.join(shown)}</div><p class='legend'>{_mark_legend(runs[:1])}</p>"
+    return f"<div class='figures'>{''.join(shown)}</div><p class='legend'>{_mark_legend(runs, names)}</p>"
 
 
 def _metric_plot(lines: Callable[..., list[Line]], name: str) -> Plot:
@@ -159,13 +159,25 @@ def _mark(run: RunFacts, event: events.Event) -> Mark:
     return Mark(event.step, f"{event.kind} at step {event.step}: {event.text}", MARKED[event.kind])
 
 
-def _mark_legend(runs: Sequence[RunFacts]) -> str:
-    kinds = dict.fromkeys(e.kind for run in runs for e in run.events if e.kind in MARKED)
-    return "".join(f"<i class='stroke' style='background:{MARKED[kind]}'></i>{escape(kind)} " for kind in kinds)
+def _mark_legend(runs: Sequence[RunFacts], names: Sequence[str]) -> str:
+    kinds = dict.fromkeys(e.kind for e in runs[0].events if e.kind in MARKED)
+    whose = f"in {escape(names[0])}: " if len(runs) > 1 and kinds else ""
+    return whose + "".join(f"<i class='stroke' style='background:{MARKED[kind]}'></i>{escape(kind)} " for kind in kinds)
 
 
 def _memory(run: RunFacts) -> Curve:
     return {step: value / 2**30 for step, value in run.metric("memory_peak_bytes").items()}
+
+
+def skipped_so_far(run: RunFacts) -> Curve:
+    """How many steps have been skipped up to each step, those of lost work not counted; {} where none was."""
+    skipped = sorted({e.step for e in run.events if e.kind == events.SKIPPED})
+    if not skipped:
+        return {}
+    curve = {min(1, run.last_step): 0.0}
+    for number, step in enumerate(skipped):
+        curve |= {step - 1: float(number), step: number + 1.0}
+    return curve | {run.last_step: float(len(skipped))}
 
 
 def _gaps(run: RunFacts) -> Curve:
@@ -174,15 +186,14 @@ def _gaps(run: RunFacts) -> Curve:
 
 
 def _epochs(runs: Sequence[RunFacts], names: Sequence[str]) -> list[Line]:
-    lines, palette = [], iter((*COLOURS.values(), *MORE_COLOURS) * 8)
-    for run, name in zip(runs, names, strict=True):
+    lines = []
+    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         prefixes = dict.fromkeys(p for line in run.lines for p in line.get("data_epochs", {}))
-        for prefix in prefixes:
-            points = [
-                (line["step"], line["data_epochs"][prefix]) for line in run.lines if prefix in line["data_epochs"]
-            ]
+        for place, prefix in enumerate(prefixes):
+            curve = {line["step"]: line["data_epochs"].get(prefix, 0.0) for line in run.lines if "data_epochs" in line}
             label = Path(prefix).name if len(runs) == 1 else f"{name}: {Path(prefix).name}"
-            lines.append(Line(label, points, next(palette)))
+            colour = MORE_COLOURS[place % len(MORE_COLOURS)]
+            lines.append(Line(label, list(curve.items()), colour, dashed=number > 0))
     return lines
 
 
@@ -225,19 +236,21 @@ def _goodput(run: RunFacts, name: str) -> str:
 
 def _event_table(run: RunFacts) -> str:
     """The events, saves and shadow checks within a limit."""
-    shown = run.events[-MAX_EVENTS:]
+    shown, killed = run.events[-MAX_EVENTS:], run.killed_before
     if not shown:
         return "<p class='empty'>none written down</p>"
-    start = shown[0].time
+    start, note = shown[0].time, "; the launch before left no word: killed"
     rows = "".join(
-        f"<tr class='{escape(e.kind.replace(' ', '-'))}'><td>{_clock(e.time)}</td><td>+{format_seconds(e.time - start)}"
-        f"</td><td class='n'>{e.step:,}</td><td><em>{escape(e.kind)}</em></td><td>{escape(e.text)}</td></tr>"
+        f"<tr class='{escape(e.kind.replace(' ', '-'))}'>"
+        f"<td class='t'>{_clock(e.time)}</td><td class='t'>+{format_seconds(e.time - start)}"
+        f"</td><td class='n'>{e.step:,}</td><td><em>{escape(e.kind)}</em></td>"
+        f"<td>{escape(e.text + note * (e in killed))}</td></tr>"
         for e in shown
     )
     left_out = len(run.events) - len(shown)
-    note = f"<p class='empty'>{left_out} earlier events are in events.jsonl</p>" if left_out else ""
+    above = f"<p class='empty'>{left_out} earlier events are in events.jsonl</p>" if left_out else ""
     head = "<tr><th>time (UTC)</th><th>after</th><th>step</th><th>what</th><th></th></tr>"
-    return f"{note}<div class='scroll'><table>{head}{rows}</table></div>"
+    return f"{above}<div class='scroll'><table>{head}{rows}</table></div>"
 
 
 def _data_table(run: RunFacts) -> str:
@@ -255,7 +268,7 @@ def _data_table(run: RunFacts) -> str:
             f"{escape(str(facts.get('bin_sha256') or '')[:16])}</code></td></tr>"
         )
     titles = ("source", "ids on disk", "documents", "tokens", "epochs so far", "SHA-256")
-    head = "".join(f"<th>{title}</th>" for title in titles)
+    head = "".join(f"<th class='{'n' * (2 <= i <= 4)}'>{title}</th>" for i, title in enumerate(titles))
     return f"<div class='scroll'><table><tr>{head}</tr>{rows}</table></div>"
 
 
@@ -286,8 +299,8 @@ def _configuration(run: RunFacts) -> str:
         )
         heads = "".join(f"<th>launch {n}</th>" for n in range(1, len(run.launches) + 1))
         table += (
-            f"<details open><summary>{len(changes)} arguments changed among launches</summary><div class='scroll'>"
-            f"<table><tr><th>argument</th>{heads}</tr>{body}</table></div></details>"
+            f"<details open><summary>{len(changes)} argument{'s' * (len(changes) > 1)} changed among launches</summary>"
+            f"<div class='scroll'><table><tr><th>argument</th>{heads}</tr>{body}</table></div></details>"
         )
     every = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in run.arguments.items())
     return table + f"<details><summary>every argument of the last launch</summary><table>{every}</table></details>"

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_ledom.errors import InputError
 from megatron_ledom.report.goodput import Goodput, measure_goodput, read_launches, steps_made_again
+from megatron_ledom.train import events
 from megatron_ledom.train.events import Event, read_events
 from megatron_ledom.train.metrics import TRAIN_LOSS, read_curves, read_metrics
 from megatron_ledom.train.run_directory import read_run
@@ -57,6 +58,19 @@ class RunFacts:
     def has_ended(self) -> bool:
         """Whether all steps were made."""
         return self.last_step >= int(self.arguments.get("train_iters") or 0)
+
+    @property
+    def killed_before(self) -> list[Event]:
+        """The resumes whose launch before wrote no end, as one that was killed cannot."""
+        found, is_open = [], False
+        for event in self.events:
+            if event.kind == events.RESUME and is_open:
+                found.append(event)
+            if event.kind in {events.LAUNCH, events.RESUME}:
+                is_open = True
+            elif event.kind in {events.END, events.FAILED}:
+                is_open = False
+        return found
 
     def metric(self, name: str) -> Curve:
         """A column of metrics.jsonl by step, where it has a value."""

@@ -37,7 +37,7 @@ KINDS: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Event:
     """One line of the file; see the module."""
 

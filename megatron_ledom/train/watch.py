@@ -55,7 +55,7 @@ class Watch:
         self._epochs = {plan.source.prefix: plan.epochs / max(num_samples, 1) for plan in plans}  # a sample
         self._is_writer = args.rank == args.world_size - 1
         self._start, self._step = start["steps"], start["steps"]
-        self._logged_step, self._logged_time = self._step, time.monotonic()
+        self._num_steps, self._logged_time = 0, time.monotonic()  # steps made since the last line
         self._paused_s = 0.0  # spent in evaluations and saves since the last line
         self._first: tuple[int, float] | None = None
         self._printed = time.monotonic()
@@ -101,7 +101,7 @@ class Watch:
             self._note_skipped(number, "passed over, as --iterations-to-skip says")
         if skipped:
             self._note_skipped(iteration, "the optimizer refused the gradient: not finite, or too large for its policy")
-        self._step = iteration
+        self._step, self._num_steps = iteration, self._num_steps + 1
         if self._first is None:
             self._first = (iteration, time.monotonic())
         if iteration % self._args.log_interval or not self._is_writer:
@@ -140,9 +140,9 @@ class Watch:
         import torch
 
         args, now = self._args, time.monotonic()
-        num_steps = max(1, iteration - self._logged_step)
+        num_steps = self._num_steps
         step_s = max(1e-9, now - self._logged_time - self._paused_s) / num_steps
-        self._logged_step, self._logged_time, self._paused_s = iteration, now, 0.0
+        self._num_steps, self._logged_time, self._paused_s = 0, now, 0.0
         tokens = args.global_batch_size * args.seq_length
         flops, peak = flops_of_step(args) / step_s / args.world_size, peak_flops(args)
         samples = args.consumed_train_samples
