@@ -1,4 +1,4 @@
-"""A run in emulated FP8 that meets an outlier, skips a step, evaluates and resumes: what it does, what is seen of it."""
+"""A run in emulated FP8 that meets an outlier, skips a step, evaluates, resumes: what it does, what is seen of it."""
 
 from __future__ import annotations
 
