@@ -22,8 +22,14 @@ from megatron_ledom.train.metrics import TRAIN_LOSS, VALIDATION_LOSS
 COLOURS = {"reverse": "#c0392b", "forward": "#2c5f8a"}
 MORE_COLOURS = ("#1e8449", "#d68910", "#8e44ad", "#16a085", "#7f8c8d")
 CLASS_COLOURS = ("#2e8b57", "#4a7fb5", "#8e6bbf", "#d9a441", "#c0392b", "#b8b8b8")
-MARKED = {events.RESUME: "#2c3e50", events.SKIPPED: "#e08e0b", events.BREACH: "#c0392b", events.SWITCH: "#c0392b"}
-MARKED |= {events.ROLLBACK: "#8e44ad", events.FAILED: "#c0392b"}
+MARKED = {
+    events.RESUME: "#2c3e50",
+    events.SKIPPED: "#e08e0b",
+    events.ROLLBACK: "#8e44ad",
+    events.BREACH: "#c0392b",
+    events.SWITCH: "#c0392b",
+    events.FAILED: "#c0392b",
+}
 MAX_EVENTS = 400
 
 

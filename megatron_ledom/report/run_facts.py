@@ -11,11 +11,13 @@ from typing import Any
 from megatron_ledom.errors import InputError
 from megatron_ledom.report.goodput import Goodput, measure_goodput, read_launches, steps_made_again
 from megatron_ledom.train import events
-from megatron_ledom.train.events import Event, read_events
+from megatron_ledom.train.events import Event, read_events, read_lines
 from megatron_ledom.train.metrics import TRAIN_LOSS, read_curves, read_metrics
 from megatron_ledom.train.run_directory import read_run
 
 Curve = dict[int, float]
+LEDGER = "bad_numbers.jsonl"
+"""In the run directory: why steps were not taken; one object a line with `step`, `action`, `cause` and `to`."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,26 @@ def read_facts(folder: Path) -> RunFacts:
     launches = list(read_run(folder).get("launches", []))
     if not launches:
         raise InputError(f"{folder}/run.json names no launch: nothing was started there")
-    found, run_events = read_metrics(folder), read_events(folder)
+    found, run_events = read_metrics(folder), explained(read_events(folder), read_lines(folder / LEDGER))
     is_lost = steps_made_again(found, read_launches(run_events))
     by_step = {line["step"]: line for line, lost in zip(found, is_lost, strict=True) if not lost}
     lines = [by_step[step] for step in sorted(by_step)]
     return RunFacts(folder, launches, read_curves(folder), lines, run_events, measure_goodput(found, run_events))
+
+
+def explained(run_events: Sequence[Event], ledger: Sequence[dict[str, Any]]) -> list[Event]:
+    """The events, with the causes that the ledger of bad numbers gives for steps that were skipped or rolled back."""
+    entries = {entry["step"]: entry for entry in ledger if {"step", "action", "cause"} <= set(entry)}
+    found = []
+    for event in run_events:
+        entry = entries.get(event.step) if event.kind == events.SKIPPED else None
+        if entry is not None:
+            is_rollback = entry["action"] == events.ROLLBACK
+            text = f"{entry['cause']}; {'back to step ' + str(entry.get('to')) if is_rollback else entry['action']}"
+            kind = events.ROLLBACK if is_rollback else events.SKIPPED
+            event = Event(event.time, event.step, kind, text, event.fields | entry)
+        found.append(event)
+    return found
 
 
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length", "padded_vocab_size")

@@ -100,7 +100,7 @@ class Watch:
         for number in range(self._step + 1, iteration):
             self._note_skipped(number, "passed over, as --iterations-to-skip says")
         if skipped:
-            self._note_skipped(iteration, "the optimizer refused the gradient: not finite, or too large for its policy")
+            self._note_skipped(iteration, "its update was refused")
         self._step, self._num_steps = iteration, self._num_steps + 1
         if self._first is None:
             self._first = (iteration, time.monotonic())

@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ledom.errors import InputError
 from megatron_ledom.report.goodput import measure_goodput
+from megatron_ledom.report.run_facts import explained
 from megatron_ledom.train.events import (
     BEGIN,
     END,
@@ -64,6 +65,21 @@ def event(time: float, kind: str, step: int, **fields: object) -> Event:
     return Event(time, step, kind, "", fields)
 
 
+def test_the_ledger_of_bad_numbers_explains_what_was_skipped() -> None:
+    found = explained(
+        [event(1, SKIPPED, 3), event(2, SAVE, 4), event(3, SKIPPED, 4), event(4, SKIPPED, 5)],
+        [
+            {"step": 3, "action": "skip", "cause": "the loss not finite on rank 1", "to": None},
+            {"step": 4, "action": "rollback", "cause": "the loss 9 is 7 deviations above 3", "to": 2},
+            {"step": 5},
+        ],
+    )
+    assert [(e.kind, e.step) for e in found] == [(SKIPPED, 3), (SAVE, 4), ("rollback", 4), (SKIPPED, 5)]
+    assert found[0].text == "the loss not finite on rank 1; skip"
+    assert found[2].text == "the loss 9 is 7 deviations above 3; back to step 2"
+    assert found[3].text == ""
+
+
 def line(time: float, step: int, step_s: float = 2.0) -> dict[str, object]:
     return {"time": time, "step": step, "step_s": step_s, "num_steps": 1}
 
@@ -78,7 +94,11 @@ def test_time_of_a_killed_and_resumed_run_is_divided() -> None:
     goodput = measure_goodput(lines, found)
     assert goodput is not None and goodput.total_s == 120
     assert goodput.seconds == {
-        "steps that count": 8, "steps made again later": 4, "evaluation": 1, "saving": 3, "starting": 16,
+        "steps that count": 8,
+        "steps made again later": 4,
+        "evaluation": 1,
+        "saving": 3,
+        "starting": 16,
         "idle or not logged": 88,
     }
     assert goodput.share == pytest.approx(8 / 120)
