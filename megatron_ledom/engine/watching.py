@@ -123,11 +123,18 @@ def _timed(function: Callable[..., Any], report: Callable[[int, float], None], p
     return timed
 
 
+def samples_of_step() -> int:
+    """Samples of the step under way; fewer than `--global-batch-size` while that is ramped up."""
+    from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+
+    return int(get_current_global_batch_size())
+
+
 def flops_of_step(args: argparse.Namespace) -> float:
     """Floating-point operations of one step over all ranks, by Megatron's own formula."""
     from megatron.training.training import num_floating_point_operations
 
-    return float(num_floating_point_operations(args, args.global_batch_size))
+    return float(num_floating_point_operations(args, samples_of_step()))
 
 
 def peak_flops(args: argparse.Namespace) -> float | None:

@@ -223,12 +223,38 @@ class _Emulated:
 
     def get_extra_state(self) -> torch.Tensor | None:
         """The history, for Megatron's checkpoint, where Transformer Engine keeps its own; None without one."""
-        return self.history.amaxes.clone() if self.emulation.recipe == DELAYED else None
+        return encode_history(self.history.amaxes) if self.emulation.recipe == DELAYED else None
 
     def set_extra_state(self, state: Any) -> None:
         """Take the history of a checkpoint; of one that was written in another precision there is none."""
-        if isinstance(state, torch.Tensor) and state.dim() == 2 and self.emulation.recipe == DELAYED:
-            self.history.restore(state)
+        saved = decode_history(state)
+        if saved is not None and self.emulation.recipe == DELAYED:
+            self.history.restore(saved)
+
+
+_NO_STATE = b"\x80\x04N."
+"""A pickled None: what Transformer Engine reads of a state before it stops, so that it begins with no history."""
+_MARK = b"ledom amax history\n"
+
+
+def encode_history(amaxes: torch.Tensor) -> torch.Tensor:
+    """A history [3, length] as the bytes that a checkpoint holds; uint8, one axis."""
+    data = _NO_STATE + _MARK + amaxes.contiguous().numpy().tobytes()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def decode_history(state: Any) -> torch.Tensor | None:
+    """The inverse of `encode_history`; None for the state of another precision or of Transformer Engine.
+
+    >>> decode_history(encode_history(torch.ones(3, 2))).tolist()
+    [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    """
+    if not (isinstance(state, torch.Tensor) and state.dtype == torch.uint8 and state.dim() == 1):
+        return None
+    data, prefix = state.cpu().contiguous().numpy().tobytes(), _NO_STATE + _MARK
+    if not data.startswith(prefix) or (len(data) - len(prefix)) % 12:
+        return None
+    return torch.frombuffer(bytearray(data[len(prefix) :]), dtype=torch.float32).view(3, -1)
 
 
 class EmulatedColumnParallelLinear(_Emulated, ColumnParallelLinear):

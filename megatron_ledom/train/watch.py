@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from megatron_ledom.engine.watching import flops_of_step, peak_flops
+from megatron_ledom.engine.watching import flops_of_step, peak_flops, samples_of_step
 from megatron_ledom.log import format_seconds
 from megatron_ledom.train import events
 from megatron_ledom.train.metrics import METRICS_FILE, TRAIN_LOSS
@@ -143,7 +143,7 @@ class Watch:
         num_steps = self._num_steps
         step_s = max(1e-9, now - self._logged_time - self._paused_s) / num_steps
         self._num_steps, self._logged_time, self._paused_s = 0, now, 0.0
-        tokens = args.global_batch_size * args.seq_length
+        tokens = samples_of_step() * args.seq_length
         flops, peak = flops_of_step(args) / step_s / args.world_size, peak_flops(args)
         samples = args.consumed_train_samples
         return {
