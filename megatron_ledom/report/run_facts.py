@@ -130,7 +130,9 @@ def find_twin(run: RunFacts) -> RunFacts | None:
             continue
         if is_twin:
             found.append(path)
-    return read_facts(found[0]) if len(found) == 1 else None
+    if len(found) != 1:
+        return None
+    return read_facts(run.folder.parent / found[0].name if run.folder.name else found[0])  # as the run was named
 
 
 def _shape(arguments: dict[str, Any]) -> list[Any]:

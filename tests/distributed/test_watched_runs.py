@@ -137,7 +137,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.fetched += [str(value) for name, value in attrs if name in {"src", "href", "data"}]
-        self.open += [tag] if tag not in {"meta", "line", "circle"} else []
+        self.open += [tag] if tag != "meta" else []
         assert tag != "script"
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
