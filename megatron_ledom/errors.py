@@ -58,6 +58,10 @@ class ParityError(LedomError):
     """Two computations that must agree do not; the message carries the numbers."""
 
 
+class PrecisionError(LedomError):
+    """A run in FP8 that has gone too far from BF16, and was asked to stop then."""
+
+
 def run_cli(main: Callable[[list[str]], int | None]) -> None:
     """Run a tool's `main(argv)` and exit with its status.
 

@@ -20,6 +20,7 @@ from typing import Any
 from megatron_ledom.engine.budget import as_data_path, parse_budgets
 from megatron_ledom.engine.device import Device, device_defaults, has_transformer_engine
 from megatron_ledom.engine.flags import add_ledom_arguments
+from megatron_ledom.engine.precision import check_precision, precision_defaults
 from megatron_ledom.engine.presets import BOOKKEEPING, PRESETS, get_preset
 from megatron_ledom.errors import UsageError
 
@@ -106,6 +107,7 @@ def build_defaults(
     """
     defaults = dict(get_preset(front.preset).settings if front.preset else BOOKKEEPING) | ASYNC_SAVE
     defaults |= model or {}
+    defaults |= precision_defaults(front.precision, device)
     if not {"data_path", "data_budget"} & named and {"train_data_path", "mock_data"} & named:
         defaults.pop("split", None)
     for name in named:
@@ -234,8 +236,7 @@ def check_arguments(args: argparse.Namespace, device: Device) -> None:
         check(args)
     if device == "cpu":
         _check_cpu(args)
-    elif not has_transformer_engine():
-        _check_without_transformer_engine(args)
+    check_precision(args, device, has_transformer_engine())
 
 
 def _check_required(args: argparse.Namespace) -> None:
@@ -353,7 +354,6 @@ def _check_interleaving(args: argparse.Namespace) -> None:
 
 def _check_cpu(args: argparse.Namespace) -> None:
     unavailable = {
-        "--fp8-format": args.fp8 is not None,
         "--transformer-impl transformer_engine": args.transformer_impl != "local",
         "--fp16": args.fp16,
         "--distributed-backend other than gloo": args.distributed_backend != "gloo",
@@ -361,21 +361,6 @@ def _check_cpu(args: argparse.Namespace) -> None:
     for flag, is_asked in unavailable.items():
         if is_asked:
             raise UsageError(f"{flag} is not available with the CPU engine: drop it, or run with --device cuda")
-
-
-def _check_without_transformer_engine(args: argparse.Namespace) -> None:
-    needs_it = {
-        f"--transformer-impl {args.transformer_impl}": args.transformer_impl != "local",
-        "--fp8-format": args.fp8 is not None,
-        "--fp4-format": getattr(args, "fp4", None) is not None,
-    }
-    for flag, is_asked in needs_it.items():
-        if is_asked:
-            raise UsageError(
-                f"{flag} needs Transformer Engine, which this Python cannot import. Install it for this torch "
-                "(`pip install --no-build-isolation 'transformer-engine[pytorch]'`, or NVIDIA's PyTorch container, "
-                "which has it), or drop the flag: Megatron's local layers then take its place"
-            )
 
 
 def _check_names(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ What is replaced, and why (measured with megatron-core 0.19.2, torch 2.13):
     Tensor.cuda, Module.cuda  the identity
     Tensor.type               Megatron's optimizers accept parameters by the name 'torch.cuda.FloatTensor'
     megatron RNG helpers      their device is a literal too
-    megatron Adam             see `cpu_adam`
+    megatron Adam             see `adam`
     checkpoint writer         its results come through memory and not through a server process; a save in the background
                               is written by a fork of the rank: `cpu_saving` says why
     collectives of one rank   see `cpu_shortcuts`, as for the scaling of gradients
@@ -31,8 +31,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-_MISSING = object()
-_replaced: list[tuple[Any, str, Any]] = []
+from megatron_ledom.engine.patching import Patches
+
+_patches = Patches()
+_replace = _patches.replace
 
 FACTORIES = (
     *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye"),
@@ -52,7 +54,7 @@ EXPECTED_WARNINGS = (
 
 def is_installed() -> bool:
     """Whether the patches are active in this process."""
-    return bool(_replaced)
+    return bool(_patches)
 
 
 def prepare_environment() -> None:
@@ -88,12 +90,7 @@ def install() -> None:
 
 def restore() -> None:
     """Put back everything that `install` replaced."""
-    while _replaced:
-        owner, name, original = _replaced.pop()
-        if original is _MISSING:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
+    _patches.restore()
 
 
 def use_cross_entropy(function: Callable[..., Any]) -> None:
@@ -105,12 +102,6 @@ def use_cross_entropy(function: Callable[..., Any]) -> None:
 
     assert is_installed(), "the CPU engine is not installed"
     _replace(tensor_parallel, "vocab_parallel_cross_entropy", function)
-
-
-def _replace(owner: Any, name: str, value: Any) -> None:
-    original = vars(owner).get(name, _MISSING)
-    _replaced.append((owner, name, original))
-    setattr(owner, name, value)
 
 
 class _Stream:
@@ -275,15 +266,12 @@ def _patch_tensor() -> None:
 
 def _patch_megatron() -> None:
     import megatron.core.distributed.param_and_grad_buffer as gradient_buffers
-    import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.clip_grads as clip_grads
-    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.training.training as training
     import torch
 
-    from megatron_ledom.engine import cpu_saving
-    from megatron_ledom.engine.cpu_adam import CpuAdamW
+    from megatron_ledom.engine.adam import use_torch_adam
     from megatron_ledom.engine.cpu_shortcuts import scale_tensors, without_peers
 
     for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
@@ -291,12 +279,6 @@ def _patch_megatron() -> None:
     _replace(clip_grads, "multi_tensor_scale_impl", scale_tensors)
     _replace(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
-    _replace(optimizer, "Adam", CpuAdamW)
-    _replace(optimizer, "USING_PYTORCH_OPTIMIZER", False)
-    _replace(distrib_optimizer, "Adam", CpuAdamW)
-    _replace(distrib_optimizer, "HAVE_APEX_OR_TE", True)
-    _replace(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
-    for owner, name, value in cpu_saving.replacements():
-        _replace(owner, name, value)
+    use_torch_adam(_patches)
     initialize = training.initialize_megatron
     _replace(training, "initialize_megatron", functools.partial(initialize, allow_no_cuda=True))

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 
 from megatron_ledom.direction import Direction
+from megatron_ledom.engine.precision import add_precision_arguments
 from megatron_ledom.engine.presets import PRESETS
+from megatron_ledom.engine.watching import add_watch_arguments
 
 
 def add_ledom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -53,6 +55,8 @@ def add_ledom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     _add_checkpoint_arguments(parser.add_argument_group("megatron_ledom, checkpoints"))
     _add_fault_arguments(parser.add_argument_group("megatron_ledom, faults (docs/bad_numbers.md)"))
     _add_data_arguments(parser.add_argument_group("megatron_ledom, data"))
+    add_precision_arguments(parser.add_argument_group("megatron_ledom, precision"))
+    add_watch_arguments(parser.add_argument_group("megatron_ledom, watching"))
     return parser
 
 

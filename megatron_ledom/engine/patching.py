@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-Replaced = list[tuple[Any, str, Any]]
-"""What was replaced: owner, name, and the original."""
 _MISSING = object()
 
 
-def replace(replaced: Replaced, owner: Any, name: str, value: Any) -> None:
-    """Put `value` where `owner.name` is looked up, and note what was there in `replaced`."""
-    replaced.append((owner, name, vars(owner).get(name, _MISSING)))
-    setattr(owner, name, value)
+class Patches:
+    """What was replaced, so that `restore` can undo it."""
 
+    def __init__(self) -> None:
+        self._replaced: list[tuple[Any, str, Any]] = []
 
-def put_back(replaced: Replaced) -> None:
-    """Undo everything that `replaced` notes, the last replacement first."""
-    while replaced:
-        owner, name, original = replaced.pop()
-        if original is _MISSING:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
+    def __bool__(self) -> bool:
+        return bool(self._replaced)
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Put `value` where `owner.name` is looked up."""
+        self._replaced.append((owner, name, vars(owner).get(name, _MISSING)))
+        setattr(owner, name, value)
+
+    def restore(self) -> None:
+        """Put back everything, the last replacement first."""
+        while self._replaced:
+            owner, name, original = self._replaced.pop()
+            if original is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)

@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_ledom.engine.patching import Replaced, put_back, replace
+from megatron_ledom.engine.patching import Patches
 
-_replaced: Replaced = []
+_patches = Patches()
 
 
 class SaveHooks(Protocol):
@@ -44,20 +44,20 @@ def install(hooks: SaveHooks) -> None:
 
     redirect = _Redirect(hooks)
     for writer in _writer_classes():
-        replace(_replaced, writer, "finish", redirect.keep_error(writer.finish))
-    replace(_replaced, serialization, "save_config", redirect.keep_error(serialization.save_config))
+        _patches.replace(writer, "finish", redirect.keep_error(writer.finish))
+    _patches.replace(serialization, "save_config", redirect.keep_error(serialization.save_config))
     name, tracker = checkpointing.get_checkpoint_name, checkpointing.get_checkpoint_tracker_filename
-    replace(_replaced, checkpointing, "get_checkpoint_name", redirect.name(name))
-    replace(_replaced, checkpointing, "get_checkpoint_tracker_filename", redirect.tracker(tracker))
-    replace(_replaced, checkpointing, "schedule_async_save", redirect.schedule(checkpointing.schedule_async_save))
-    replace(_replaced, training, "save_checkpoint", redirect.save(training.save_checkpoint))
+    _patches.replace(checkpointing, "get_checkpoint_name", redirect.name(name))
+    _patches.replace(checkpointing, "get_checkpoint_tracker_filename", redirect.tracker(tracker))
+    _patches.replace(checkpointing, "schedule_async_save", redirect.schedule(checkpointing.schedule_async_save))
+    _patches.replace(training, "save_checkpoint", redirect.save(training.save_checkpoint))
     finalize = redirect.finalize(training.maybe_finalize_async_save)
-    replace(_replaced, training, "maybe_finalize_async_save", finalize)
+    _patches.replace(training, "maybe_finalize_async_save", finalize)
 
 
 def restore() -> None:
     """Give Megatron its own functions back."""
-    put_back(_replaced)
+    _patches.restore()
 
 
 def finish_pending_save() -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from megatron_ledom.engine.patching import Replaced, put_back, replace
+from megatron_ledom.engine.patching import Patches
 
-_replaced: Replaced = []
+_patches = Patches()
 _COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
 
 
@@ -75,13 +75,13 @@ def install(hooks: StepHooks) -> None:
         if bool(rejection_func(result)):
             hooks.reject(message)
 
-    replace(_replaced, training, "train_step", guarded_train_step)
-    replace(_replaced, RerunStateMachine, "validate_result", validate_result)
+    _patches.replace(training, "train_step", guarded_train_step)
+    _patches.replace(RerunStateMachine, "validate_result", validate_result)
 
 
 def restore() -> None:
     """Give Megatron its own functions back."""
-    put_back(_replaced)
+    _patches.restore()
 
 
 def load_in_place(save: Path, step: int, model: Any, optimizer: Any, scheduler: Any) -> None:

@@ -43,6 +43,12 @@ def masked_loss_sum(loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> Loss
     return total, count.to(torch.int), {REPORT_KEY: report}
 
 
+def mean_loss(loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> torch.Tensor:
+    """The mean loss of the tokens that count, a detached fp32 scalar; arguments as of `masked_loss_sum`."""
+    total, count, _ = masked_loss_sum(loss_mask_BS, losses_BS.detach())
+    return total / count.clamp(min=1)
+
+
 def checked_loss(loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor, *, check_finite: bool) -> LossOutput:
     """`masked_loss_sum`, stopping the run through Megatron's rerun state machine when the sum is NaN or infinite."""
     total, count, report = masked_loss_sum(loss_mask_BS, losses_BS)

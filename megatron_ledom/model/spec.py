@@ -8,6 +8,8 @@ beside it in `layers`, and the rest is Megatron's.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from megatron_ledom.model.attention import AttentionPlan
     from megatron_ledom.model.layers import LayerPlan
+    from megatron_ledom.model.precision import Emulation
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -42,11 +45,13 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def layer_spec_builder(plan: AttentionPlan, layers: LayerPlan) -> Callable[..., Any]:
+def layer_spec_builder(
+    plan: AttentionPlan, layers: LayerPlan, emulation: Emulation | None = None
+) -> Callable[..., Any]:
     """Return `build_layer_spec` for a run whose layers are planned, in the form that Megatron calls."""
 
     def build(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
-        return build_layer_spec(config, vp_stage, plan, layers)
+        return build_layer_spec(config, vp_stage, plan, layers, emulation)
 
     return build
 
@@ -56,6 +61,7 @@ def build_layer_spec(
     vp_stage: int | None = None,
     plan: AttentionPlan | None = None,
     layers: LayerPlan | None = None,
+    emulation: Emulation | None = None,
 ) -> Any:
     """Return the specification of this pipeline stage's layers.
 
@@ -68,6 +74,7 @@ def build_layer_spec(
         vp_stage: the virtual pipeline stage, with interleaving.
         plan: what computes attention; None for Megatron's own.
         layers: what computes norms and SwiGLU; None for Megatron's own.
+        emulation: the FP8 recipe that linear layers emulate; None for none. Dense local layers only.
 
     Returns:
         A `ModuleSpec` or `TransformerBlockSubmodules`, as Megatron's `GPTModel` takes them.
@@ -75,7 +82,7 @@ def build_layer_spec(
     Source: `megatron.training.models.gpt.default_layer_spec`.
     """
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-    from megatron.core.transformer.transformer_layer import TransformerLayer
+    from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
     from megatron.training.models.gpt import default_layer_spec
 
     layer = default_layer_spec(config, vp_stage)
@@ -91,12 +98,35 @@ def build_layer_spec(
         _put_feed_forward(layer)
     is_local_rms = transformer.transformer_impl == "local" and transformer.normalization == "RMSNorm"
     if not (is_plain_layer and is_dense and is_local_rms):
+        assert emulation is None, "FP8 is emulated in dense local layers with RMSNorm only"
         return layer
     norm = _norm(has_kernels)
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm
     num_layers = get_num_layers_to_build(transformer, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    specs = [layer] * num_layers
+    if emulation is not None:
+        rounded = _with_emulation(layer, emulation)
+        offset = get_transformer_layer_offset(transformer, vp_stage)
+        is_rounded = [emulation.applies_to(offset + i, transformer.num_layers) for i in range(num_layers)]
+        specs = [rounded if is_so else layer for is_so in is_rounded]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+
+
+def _with_emulation(layer: Any, emulation: Emulation) -> Any:
+    """A copy of a dense layer's specification whose four linear layers emulate an FP8 recipe."""
+    from megatron_ledom.model.precision import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
+
+    column = partial(EmulatedColumnParallelLinear, emulation=emulation)
+    row = partial(EmulatedRowParallelLinear, emulation=emulation)
+    submodules = copy.copy(layer.submodules)
+    attention, mlp = copy.copy(submodules.self_attention), submodules.mlp
+    attention.submodules = dataclasses.replace(attention.submodules, linear_qkv=column, linear_proj=row)
+    parts = dataclasses.replace(mlp.keywords["submodules"], linear_fc1=column, linear_fc2=row)
+    submodules.self_attention, submodules.mlp = attention, partial(mlp.func, submodules=parts)
+    rounded = copy.copy(layer)
+    rounded.submodules = submodules
+    return rounded
 
 
 def _norm(has_kernels: bool) -> type[RMSNorm]:

@@ -1,15 +1,17 @@
-"""Numbers of a run: read back from its TensorBoard files, and the time left while it goes on."""
+"""Numbers of a run, read back: curves from its TensorBoard files, lines from its metrics.jsonl."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
+from typing import Any
 
 from megatron_ledom.errors import InputError
-from megatron_ledom.log import format_seconds, get_logger
+from megatron_ledom.train.events import read_lines
 
 TRAIN_LOSS = "lm loss"
 VALIDATION_LOSS = "lm loss validation"
+METRICS_FILE = "metrics.jsonl"
+"""In the run directory: a line every --log-interval steps; `train.watch` says what is in it."""
 
 
 def read_scalars(run: Path, tag: str) -> dict[int, float]:
@@ -25,46 +27,34 @@ def read_scalars(run: Path, tag: str) -> dict[int, float]:
     Raises:
         InputError: the run has no such curve; the message lists those it has.
     """
+    curves = read_curves(run)
+    if tag not in curves:
+        num_files = len(event_files(run))
+        found = ", ".join(sorted(curves)[:20]) or f"none ({num_files} event files)"
+        raise InputError(f"{run}/tensorboard has no curve {tag!r}; found: {found}")
+    return curves[tag]
+
+
+def event_files(run: Path) -> list[Path]:
+    """TensorBoard's files of a run; names carry the start time, so later launches come later."""
+    return sorted((run / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def read_curves(run: Path) -> dict[str, dict[int, float]]:
+    """Read every curve from RUN/tensorboard as `read_scalars` does one: tag -> iteration -> value; {} without files."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 
-    curve: dict[int, float] = {}
-    tags: set[str] = set()
-    files = sorted((run / "tensorboard").glob("events.out.tfevents.*"))
-    for file in files:  # names carry the start time, so later launches come later
+    curves: dict[str, dict[int, float]] = {}
+    for file in event_files(run):
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                tags.add(value.tag)
-                if value.tag == tag:
-                    curve[event.step] = float(make_ndarray(value.tensor))
-    if not curve:
-        found = ", ".join(sorted(tags)[:20]) or f"none ({len(files)} event files)"
-        raise InputError(f"{run}/tensorboard has no curve {tag!r}; found: {found}")
-    return dict(sorted(curve.items()))
+                number = make_ndarray(value.tensor)
+                if number.size == 1 and number.dtype.kind in "fiu":  # not the text that Megatron logs as well
+                    curves.setdefault(value.tag, {})[event.step] = float(number)
+    return {tag: dict(sorted(curve.items())) for tag, curve in curves.items()}
 
 
-class TimeLeft:
-    """Prints rate and time left of a training run, at most every `every_s` seconds.
-
-    Megatron logs the time of a step but not how long the rest will take. The forward
-    step, which is called for every micro-batch, tells this class where the run is.
-    """
-
-    def __init__(self, every_s: float = 30.0) -> None:
-        self._every_s = every_s
-        self._first: tuple[int, float] | None = None
-        self._last_print = time.monotonic()
-
-    def update(self, iteration: int, train_iters: int) -> None:
-        """Say that `iteration` (counted from 0) of `train_iters` is under way."""
-        now = time.monotonic()
-        if self._first is None:
-            self._first = (iteration, now)
-        first_iteration, first_time = self._first
-        done = iteration - first_iteration
-        if done < 2 or now - self._last_print < self._every_s:
-            return
-        self._last_print = now
-        seconds_each = (now - first_time) / done
-        left = format_seconds(seconds_each * (train_iters - iteration))
-        get_logger(__name__).info("iteration %d/%d, %.2f s each, %s left", iteration, train_iters, seconds_each, left)
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Read RUN/metrics.jsonl in the order of writing: a resumed run may repeat steps; [] where there is none."""
+    return [line for line in read_lines(run / METRICS_FILE) if isinstance(line.get("step"), int)]

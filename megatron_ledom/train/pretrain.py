@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ledom.checkpoint.commit import Keep
+from megatron_ledom.data.blend import plan_blend
 from megatron_ledom.data.order import EPOCHS
 from megatron_ledom.data.tokenizers import check_engine_tokenizer
 from megatron_ledom.engine import cpu, wheel
@@ -29,8 +30,15 @@ from megatron_ledom.engine.arguments import (
 )
 from megatron_ledom.engine.device import resolve_device
 from megatron_ledom.engine.rendezvous import Agreement
+from megatron_ledom.engine.watching import watched
 from megatron_ledom.log import get_logger
-from megatron_ledom.train.datasets import build_datasets_provider, length_from_budget, report_plan
+from megatron_ledom.train.datasets import (
+    build_datasets_provider,
+    length_from_budget,
+    num_train_samples,
+    report_plan,
+    train_sources,
+)
 from megatron_ledom.train.guards import RunFacts, check_run, check_schedule
 from megatron_ledom.train.hang_watch import HangWatch
 from megatron_ledom.train.lifecycle import StopRequest, end_of_run
@@ -39,7 +47,9 @@ from megatron_ledom.train.resume import settle_checkpoint
 from megatron_ledom.train.run_directory import record_launch
 from megatron_ledom.train.safety import Safety, hang_timeout_s
 from megatron_ledom.train.saves import Saves
+from megatron_ledom.train.shadow import Shadow
 from megatron_ledom.train.starting_point import check_same_model, model_from_checkpoint, vocabulary_rows
+from megatron_ledom.train.watch import Watch
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +71,7 @@ class Launch:
         attention: what computes attention.
         layers: what computes norms, SwiGLU and the loss.
         safety: what watches over the steps.
+        watch: what the run tells of itself.
         stop: whether the process has been asked to stop.
         started: when the process started, seconds since the epoch.
     """
@@ -70,6 +81,7 @@ class Launch:
     attention: AttentionPlan
     layers: LayerPlan
     safety: Safety
+    watch: Watch
     stop: StopRequest
     started: float
 
@@ -97,7 +109,7 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
         return 0
     if device == "cpu":
         cpu.install()
-    wheel.use_compiled_helpers()
+    wheel.complete_installation()
     from megatron.training import get_tokenizer
 
     from megatron_ledom.model.attention import plan_attention
@@ -132,13 +144,16 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
     save = Path(args.save) if args.save else None
     stop = stop or StopRequest()
     stop.arm(args)
+    sources, num_samples = train_sources(args, facts.datasets, args.data_order), num_train_samples(args)
+    watch = Watch(args, plan_blend(sources, num_samples, args.seq_length), num_samples, start, started)
     try:
         with (
             Saves(save, Keep(args.keep_last, args.keep_every), args.rank, settled.token) as saves,
-            HangWatch(hang_timeout_s(args), Path(args.run_dir)) as watch,  # not over the last commit
+            HangWatch(hang_timeout_s(args), Path(args.run_dir)) as hangs,  # not over the last commit
+            watch,
         ):
-            safety = Safety(args, facts, agreement, saves, watch)
-            run_pretraining(Launch(args, facts, plan, layers, safety, stop, started))
+            safety = Safety(args, facts, agreement, saves, hangs)
+            run_pretraining(Launch(args, facts, plan, layers, safety, watch, stop, started))
     except SystemExit as early:  # how Megatron leaves before the last step
         if early.code:
             raise
@@ -170,6 +185,7 @@ def run_pretraining(launch: Launch) -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     from megatron_ledom.model.cross_entropy import vocab_parallel_cross_entropy
+    from megatron_ledom.model.precision import plan_emulation
     from megatron_ledom.model.spec import layer_spec_builder
     from megatron_ledom.ops.kernels import describe_kernels
 
@@ -188,16 +204,21 @@ def run_pretraining(launch: Launch) -> None:
     if layers.is_ours:
         cpu.use_cross_entropy(vocab_parallel_cross_entropy)
     get_logger(__name__).info("%s", describe_kernels())
+    emulation = plan_emulation(args)
+    if emulation is not None:
+        get_logger(__name__).info("precision: %s, emulated in the linear layers", args.precision)
     model_config = gpt_config_from_args(args)
     if args.spec is None:
-        model_config.transformer_layer_spec = layer_spec_builder(plan, layers)
+        model_config.transformer_layer_spec = layer_spec_builder(plan, layers, emulation)
+    shadow = Shadow(args, emulation, launch.watch.record, launch.facts.resumed)
     set_startup_timestamps(program_start=launch.started, main_entry=time.time())
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        safety.keeping_documents(build_datasets_provider(launch.facts.datasets, plan, launch.stop)),
-        ModelType.encoder_or_decoder,
-        safety.watching(build_forward_step()),
-    )
+    with watched(launch.watch):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            safety.keeping_documents(build_datasets_provider(launch.facts.datasets, plan, launch.stop)),
+            ModelType.encoder_or_decoder,
+            safety.watching(build_forward_step(shadow)),
+        )
     torch.distributed.destroy_process_group()
 
 
@@ -213,16 +234,18 @@ def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, to
     return {key: batch[key].cuda(non_blocking=True) if key in batch else None for key in BATCH_KEYS}
 
 
-def build_forward_step() -> ForwardStep:
-    """Return Megatron's forward step for this run: it keeps the clock that tells the time left."""
+def build_forward_step(shadow: Shadow | None = None) -> ForwardStep:
+    """Return Megatron's forward step for this run.
+
+    Args:
+        shadow: compares FP8 with BF16 now and then; None for a run without.
+    """
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args
 
-    from megatron_ledom.model.loss import build_loss_function
-    from megatron_ledom.train.metrics import TimeLeft
+    from megatron_ledom.model.loss import build_loss_function, mean_loss
 
     args = get_args()
-    time_left = TimeLeft()
 
     def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Callable[[torch.Tensor], Any]]:
         """Run one micro-batch through this pipeline stage.
@@ -235,19 +258,24 @@ def build_forward_step() -> ForwardStep:
             The stage's output (losses [B, S] on the last stage, hidden states elsewhere)
             and the function that turns the last one into (sum, count, report).
         """
-        if model.training and args.train_iters:
-            time_left.update(args.curr_iteration, args.train_iters)
         is_first = get_attr_wrapped_model(model, "pre_process")
         is_last = get_attr_wrapped_model(model, "post_process")
         has_use = is_first or is_last or args.create_attention_mask_in_dataloader
         batch: dict[str, Any] = next_batch(data_iterator) if has_use else dict.fromkeys(BATCH_KEYS)
-        output = model(
-            batch["tokens"],
-            batch["position_ids"],
-            batch["attention_mask"],
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-        )
+
+        def run_model() -> Any:
+            return model(
+                batch["tokens"],
+                batch["position_ids"],
+                batch["attention_mask"],
+                labels=batch["labels"],
+                loss_mask=batch["loss_mask"],
+            )
+
+        is_shadowed = shadow is not None and shadow.before(model, lambda: mean_loss(batch["loss_mask"], run_model()))
+        output = run_model()
+        if shadow is not None and is_shadowed:
+            shadow.after(model, mean_loss(batch["loss_mask"], output))
         return output, build_loss_function(batch["loss_mask"], check_finite=args.check_for_nan_in_loss_and_grad)
 
     return forward_step

@@ -26,7 +26,7 @@ LEVELS = (
     ("ops", "data", "engine"),
     ("model", "checkpoint"),
     ("train", "convert", "inference"),
-    ("rerank", "evaluation", "cluster"),
+    ("rerank", "evaluation", "cluster", "report"),
     ("tools",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

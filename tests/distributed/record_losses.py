@@ -14,11 +14,11 @@ from megatron_ledom.errors import run_cli
 from megatron_ledom.train import pretrain as story
 
 
-def build_recording_step() -> story.ForwardStep:
+def build_recording_step(*shadow: object) -> story.ForwardStep:
     from megatron.core import parallel_state
     from megatron.training import get_args
 
-    step, read, batches = build_forward_step(), next_batch, []
+    step, read, batches = build_forward_step(*shadow), next_batch, []
 
     def keep_batch(data_iterator: Any) -> dict[str, Any]:
         batches.append(read(data_iterator))

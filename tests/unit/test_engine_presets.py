@@ -8,7 +8,6 @@ import pytest
 
 from megatron_ledom.engine.arguments import (
     _add_negations,
-    _check_without_transformer_engine,
     add_ledom_arguments,
     build_defaults,
     build_front_parser,
@@ -16,6 +15,7 @@ from megatron_ledom.engine.arguments import (
     named_on_command_line,
 )
 from megatron_ledom.engine.device import CPU_DEFAULTS, CUDA_LOCAL_DEFAULTS, device_defaults
+from megatron_ledom.engine.precision import check_precision
 from megatron_ledom.engine.presets import PRESETS, count_parameters, get_preset
 from megatron_ledom.errors import UsageError
 
@@ -138,6 +138,10 @@ def arguments(**changes: object) -> argparse.Namespace:
         "reset_attention_mask": False,
         "pack_pairs": False,
         "create_attention_mask_in_dataloader": False,
+        "precision": None,
+        "bf16": False,
+        "fp8_param_gather": False,
+        "shadow_every": 0,
     }
     return argparse.Namespace(**(values | changes))
 
@@ -178,7 +182,7 @@ REFUSALS = {
         },
         "--reset-attention-mask needs --transformer-impl local",
     ),
-    "fp8 on the CPU": ({"fp8": "hybrid"}, "--fp8-format is not available with the CPU engine"),
+    "fp8 on the CPU": ({"fp8": "hybrid"}, "--fp8-format is Transformer Engine's, which needs a GPU"),
 }
 
 
@@ -196,6 +200,6 @@ def test_what_cannot_run_is_refused_in_words(case: str) -> None:
     [({"fp8": "hybrid"}, "--fp8-format"), ({"transformer_impl": "transformer_engine"}, "--transformer-impl")],
 )
 def test_what_needs_transformer_engine_is_refused_without_it(changes: dict[str, object], flag: str) -> None:
-    _check_without_transformer_engine(arguments())
+    check_precision(arguments(transformer_impl="local"), "cuda", has_engine=False)
     with pytest.raises(UsageError, match=f"^{flag}.* needs Transformer Engine, .* Install it for this torch"):
-        _check_without_transformer_engine(arguments(**changes))
+        check_precision(arguments(**changes), "cuda", has_engine=False)

@@ -1,18 +1,30 @@
-"""What a run writes down and reads back: its record, its curves, its time left."""
+"""What a run writes down and reads back: its record, its curves, its events, where its time went."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ledom.errors import InputError
-from megatron_ledom.log import get_logger
-from megatron_ledom.train.metrics import TRAIN_LOSS, TimeLeft, read_scalars
+from megatron_ledom.report.goodput import measure_goodput
+from megatron_ledom.report.run_facts import explained
+from megatron_ledom.train.events import (
+    BEGIN,
+    END,
+    EVALUATION,
+    LAUNCH,
+    RESUME,
+    SAVE,
+    SKIPPED,
+    Event,
+    read_events,
+    record_event,
+)
+from megatron_ledom.train.metrics import TRAIN_LOSS, read_scalars
 from megatron_ledom.train.run_directory import copy_tokenizer, read_run, tokenizer_files
 
 
@@ -36,24 +48,61 @@ def test_a_missing_curve_is_refused_with_those_there_are(tmp_path: Path) -> None
         read_scalars(tmp_path / "nowhere", TRAIN_LOSS)
 
 
-def test_time_left_is_printed_from_the_pace_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 0.0, 30.0, 60.0, 61.0])
-    monkeypatch.setattr("megatron_ledom.train.metrics.time.monotonic", lambda: next(clock))
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = get_logger("megatron_ledom.train.metrics")
-    time_left = TimeLeft(every_s=30)
-    logger.addHandler(handler)
-    try:
-        for iteration in (10, 20, 30, 31):
-            time_left.update(iteration, 100)
-    finally:
-        logger.removeHandler(handler)
-    assert lines == [
-        "iteration 20/100, 3.00 s each, 4 min 00 s left",
-        "iteration 30/100, 3.00 s each, 3 min 30 s left",
+def test_events_are_read_as_written_and_half_a_line_is_passed_over(tmp_path: Path) -> None:
+    assert read_events(tmp_path) == []
+    record_event(tmp_path, SKIPPED, 7, "a NaN in the gradient", {"loss": float("nan"), "path": tmp_path, "n": [1, 2]})
+    record_event(tmp_path, "something new", 8, "")
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('["no object"]\n{"time": 1.0, "step": 9, "ki')
+    first, second = read_events(tmp_path)
+    assert (first.kind, first.step, first.text) == (SKIPPED, 7, "a NaN in the gradient")
+    assert first.fields == {"loss": None, "path": str(tmp_path), "n": [1, 2]}
+    assert (second.kind, second.step, second.fields) == ("something new", 8, {})
+    assert 0 <= second.time - first.time < 60
+
+
+def event(time: float, kind: str, step: int, **fields: object) -> Event:
+    return Event(time, step, kind, "", fields)
+
+
+def test_the_ledger_of_bad_numbers_explains_what_was_skipped() -> None:
+    found = explained(
+        [event(1, SKIPPED, 3), event(2, SAVE, 4), event(3, SKIPPED, 4), event(4, SKIPPED, 5)],
+        [
+            {"step": 3, "action": "skip", "cause": "the loss not finite on rank 1", "to": None},
+            {"step": 4, "action": "rollback", "cause": "the loss 9 is 7 deviations above 3", "to": 2},
+            {"step": 5},
+        ],
+    )
+    assert [(e.kind, e.step) for e in found] == [(SKIPPED, 3), (SAVE, 4), ("rollback", 4), (SKIPPED, 5)]
+    assert found[0].text == "the loss not finite on rank 1; skip"
+    assert found[2].text == "the loss 9 is 7 deviations above 3; back to step 2"
+    assert found[3].text == ""
+
+
+def line(time: float, step: int, step_s: float = 2.0) -> dict[str, object]:
+    return {"time": time, "step": step, "step_s": step_s, "num_steps": 1}
+
+
+def test_time_of_a_killed_and_resumed_run_is_divided() -> None:
+    found = [
+        *(event(105, LAUNCH, 0, started=100.0), event(110, BEGIN, 0, seconds=10)),
+        *(event(115, EVALUATION, 2, seconds=1), event(118, SAVE, 2, seconds=3)),
+        *(event(205, RESUME, 2, started=200.0), event(206, BEGIN, 2, seconds=6), event(220, END, 4)),
     ]
+    lines = [line(112, 1), line(114, 2), line(120, 3), line(122, 4), line(208, 3), line(210, 4)]
+    goodput = measure_goodput(lines, found)
+    assert goodput is not None and goodput.total_s == 120
+    assert goodput.seconds == {
+        "steps that count": 8,
+        "steps made again later": 4,
+        "evaluation": 1,
+        "saving": 3,
+        "starting": 16,
+        "idle or not logged": 88,
+    }
+    assert goodput.share == pytest.approx(8 / 120)
+    assert measure_goodput(lines, []) is None
 
 
 def test_a_damaged_or_later_record_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""AdamW for the CPU engine, in the shape that Megatron expects of Apex's `FusedAdam`.
+"""AdamW where there is neither Transformer Engine nor Apex, in the shape that Megatron expects of Apex's `FusedAdam`.
 
-Without Transformer Engine and Apex, megatron-core 0.19.2 falls back to
-`torch.optim.AdamW`, whose state it cannot save and load again (it wants one step
-count in the parameter group, torch keeps one in every parameter's state). This class
-keeps the step where Apex keeps it and does the arithmetic with torch's own fused
-AdamW, so saving, loading and resharding take the code path that a GPU takes.
+Without the two, megatron-core 0.19.2 falls back to `torch.optim.AdamW`, whose state its distributed optimizer cannot
+load again: it wants one step count in the parameter group, torch keeps one in every parameter's state, and a resume
+ends at `assert len(steps) == 1` (seen on an H200). `TorchAdam` keeps the step where Apex keeps it and does the
+arithmetic with torch's own fused AdamW, so that saving, loading and resharding take the way they take with Apex. The
+CPU engine uses it, and a CUDA run without the two packages (there it has not run yet).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from megatron_ledom.engine.patching import Patches
 
-class CpuAdamW(torch.optim.Optimizer):
+
+class TorchAdam(torch.optim.Optimizer):
     """Adam with decoupled weight decay; moments in fp32, one step count a parameter group.
 
     Args:
@@ -43,15 +45,15 @@ class CpuAdamW(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         if not adam_w_mode:
-            raise ValueError("the CPU engine has AdamW only: drop --no-decoupled-weight-decay or use a GPU")
+            raise ValueError("without Transformer Engine and Apex only AdamW is here: drop --no-decoupled-weight-decay")
         if capturable:
-            raise ValueError("the CPU engine has no CUDA graphs: drop --optimizer-cuda-graph")
+            raise ValueError("without Transformer Engine and Apex no CUDA graph: drop --optimizer-cuda-graph")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """Take one step; `closure` is not supported, as in Apex."""
-        assert closure is None, "CpuAdamW takes no closure"
+        assert closure is None, "TorchAdam takes no closure"
         for group in self.param_groups:
             if not group["params"]:
                 continue  # Megatron aligns the step of empty groups itself
@@ -67,13 +69,14 @@ class CpuAdamW(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
                 state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
         beta1, beta2 = group["betas"]
+        step = torch.tensor(float(group["step"]), device=params[0].device)
         torch._fused_adamw_(
             params,
             [p.grad for p in params],
             [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params],
             [],  # no AMSGrad maxima
-            [torch.tensor(float(group["step"])) for _ in params],
+            [step] * len(params),
             lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
@@ -82,3 +85,15 @@ class CpuAdamW(torch.optim.Optimizer):
             amsgrad=False,
             maximize=False,
         )
+
+
+def use_torch_adam(patches: Patches) -> None:
+    """Let Megatron build `TorchAdam`, and treat it as it treats Apex's."""
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+
+    patches.replace(optimizer, "Adam", TorchAdam)
+    patches.replace(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    patches.replace(distrib_optimizer, "Adam", TorchAdam)
+    patches.replace(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+    patches.replace(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
