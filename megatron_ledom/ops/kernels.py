@@ -127,6 +127,13 @@ def as_documents(documents: Documents | None) -> list[int]:
     return [documents.first.data_ptr(), documents.last.data_ptr()]
 
 
+def dtype_code(dtype: torch.dtype) -> int:
+    """The number of a dtype in `enum ledom_dtype` of csrc/reversed_attention/params.h."""
+    import torch
+
+    return {torch.float32: 0, torch.bfloat16: 1}[dtype]
+
+
 def as_call(x_BSHD: torch.Tensor, kv_heads: int, reach: list[int], documents: Documents | None, scale: float) -> Any:
     """What a call is about, for the C interface: sizes, mask, scale, and where it runs.
 
@@ -138,7 +145,7 @@ def as_call(x_BSHD: torch.Tensor, kv_heads: int, reach: list[int], documents: Do
     device, stream = 0, 0
     if x_BSHD.is_cuda:
         device, stream = x_BSHD.device.index, torch.cuda.current_stream(x_BSHD.device).cuda_stream
-    code = {torch.float32: 0, torch.bfloat16: 1}[x_BSHD.dtype]  # enum ledom_dtype
+    code = dtype_code(x_BSHD.dtype)
     sizes = [batch, seq, heads, kv_heads, head_dim]
     threads = torch.get_num_threads()
     return kernels().Call(code, sizes, reach, as_documents(documents), scale, threads, device, stream)

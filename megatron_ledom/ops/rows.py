@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from megatron_ledom.ops.attention import DTYPE_CODES
+from megatron_ledom.ops.kernels import dtype_code
 from megatron_ledom.ops.path import CPU_KERNELS, choose_path
 
 
@@ -32,4 +32,4 @@ def row_shape(x: torch.Tensor, width: int) -> list[int]:
         width: what the kernel calls the width of a row; not always the last axis.
     """
     assert x.is_contiguous(), x.stride()
-    return [DTYPE_CODES[x.dtype], torch.get_num_threads(), math.prod(x.shape[:-1]), width]
+    return [dtype_code(x.dtype), torch.get_num_threads(), math.prod(x.shape[:-1]), width]

@@ -31,6 +31,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_ledom.engine import cpu
 from megatron_ledom.engine.arguments import set_megatron_arguments
 from megatron_ledom.engine.fake_ranks import fake_ranks, rank_environment
 
@@ -160,15 +161,20 @@ def _build(args: argparse.Namespace, *, for_cuda: bool) -> tuple[list[Any], Any]
 
     from megatron_ledom.direction import Direction
     from megatron_ledom.model.attention import KERNELS, MEGATRON, AttentionPlan, plan_attention
+    from megatron_ledom.model.cross_entropy import vocab_parallel_cross_entropy
     from megatron_ledom.model.fused_stand_ins import put_fused
+    from megatron_ledom.model.layers import LayerPlan, plan_layers
     from megatron_ledom.model.spec import layer_spec_builder
 
-    plan = plan_attention(args, "cpu")
+    plan, layers = plan_attention(args, "cpu"), plan_layers(args, "cpu")
     if for_cuda:  # whatever this machine has
         kind = MEGATRON if args.attention == MEGATRON else KERNELS
         plan = AttentionPlan(kind, Direction(args.direction), "fused attention")
+        layers = LayerPlan(MEGATRON, "stand-ins take their places")
+    if layers.is_ours:
+        cpu.use_cross_entropy(vocab_parallel_cross_entropy)
     config = gpt_config_from_args(args)
-    config.transformer_layer_spec = layer_spec_builder(plan)
+    config.transformer_layer_spec = layer_spec_builder(plan, layers)
     model, optimizer, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=pretrain_cfg_container_from_args(args, config),
