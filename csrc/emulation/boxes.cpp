@@ -82,9 +82,9 @@ Barrier& barrier_at(const Site& site, uint32_t address) {
     return *found;
 }
 
-void end_phase_if_complete(const char* what, Barrier* barrier) {
+void end_phase_if_complete(const Site& site, Barrier* barrier) {
     if (barrier->missing < 0) {
-        fail("%s: the barrier at %u gets more than its %d arrivals in one phase", what, barrier->address,
+        fail("%s: the barrier at %u gets more than its %d arrivals in one phase", words(site).c_str(), barrier->address,
              barrier->count);
     }
     if (barrier->missing != 0 || barrier->bytes != 0) return;
@@ -145,7 +145,7 @@ void finish_load(int number) {
     load.copy.carry_out(load.copy);
     Barrier* barrier = find_barrier(load.copy.barrier);
     barrier->bytes -= bytes_of(load.copy);
-    end_phase_if_complete("a copy's arrival", barrier);
+    end_phase_if_complete(load.site, barrier);
 }
 
 void finish_store(int number) {
@@ -207,6 +207,7 @@ void check_boxes_of_block() {
 }
 
 bool finish_one_copy() {
+    const Unwatched unwatched;
     const int loads = boxes->loads.size(), all = loads + boxes->stores.size();
     if (all == 0) return false;
     const int number = static_cast<int>(draw(static_cast<uint64_t>(all)));
@@ -219,6 +220,7 @@ bool finish_one_copy() {
 }
 
 void init_barrier(const Site& site, uint32_t address, int count) {
+    const Unwatched unwatched;
     if (address % kBarrierBytes != 0 || address + kBarrierBytes > shared_bytes()) {
         fail("%s: a barrier at %u is misaligned or outside", words(site).c_str(), address);
     }
@@ -243,7 +245,7 @@ void arrive(const Site& site, uint32_t address, uint32_t expected_bytes) {
     publish(&barrier.turns[barrier.phase % 2]);
     barrier.bytes += expected_bytes;
     --barrier.missing;
-    end_phase_if_complete(words(site).c_str(), &barrier);
+    end_phase_if_complete(site, &barrier);
 }
 
 void wait_for_phase(const Site& site, uint32_t address, uint32_t parity) {
@@ -256,6 +258,7 @@ void wait_for_phase(const Site& site, uint32_t address, uint32_t parity) {
 }
 
 void start_load(const Site& site, const BoxCopy& copy) {
+    const Unwatched unwatched;
     check_box(site, copy);
     const Barrier& barrier = barrier_at(site, copy.barrier);
     if (!barrier.is_published) fail("%s: the copies do not know the barrier yet", words(site).c_str());
@@ -272,6 +275,7 @@ void start_load(const Site& site, const BoxCopy& copy) {
 }
 
 void start_store(const Site& site, const BoxCopy& copy) {
+    const Unwatched unwatched;
     check_box(site, copy);
     check_reading(site, copy.shared, copy.shared + bytes_of(copy));
     ++counts_of_block()->copies;
@@ -290,6 +294,7 @@ void end_store_group() {
 }
 
 void wait_for_stores() {
+    const Unwatched unwatched;
     for (int i = boxes->stores.size(); i-- > 0;) {
         if (boxes->stores[i].thread == current_thread() && boxes->stores[i].is_committed) finish_store(i);
     }

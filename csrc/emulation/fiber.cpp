@@ -12,6 +12,10 @@ void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* at);
 void __tsan_release(void* at);
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 #endif
 #if defined(LEDOM_EMULATION_ASAN)
@@ -126,6 +130,20 @@ void observe(void* at) {
     __tsan_acquire(at);
 #endif
     (void)at;
+}
+
+Unwatched::Unwatched() {
+#if defined(LEDOM_EMULATION_TSAN)
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+#endif
+}
+
+Unwatched::~Unwatched() {
+#if defined(LEDOM_EMULATION_TSAN)
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+#endif
 }
 
 }  // namespace emulation

@@ -3,6 +3,7 @@
 // others. Compiled without instrumentation.
 #include <memory>
 
+#include "emulation/fiber.h"
 #include "emulation/grid.h"
 #include "emulation/sm90a.h"
 
@@ -126,7 +127,8 @@ void carry_out(WarpProducts* warp, unsigned number_of_warp, Product* product) {
     const int first_row = static_cast<int>(number_of_warp % kWarpgroupWarps) * kRows;
     for (int lane = 0; lane < kLanes && in.a != nullptr; ++lane) {
         for (int i = 0; i < 8; ++i) {  // as c lies, in two blocks of 8 columns
-            a[row_of(lane, i)][column_of(lane, i)] = float_of_bf16(product->in[lane].a[i / 2] >> (16 * (i % 2)) & 0xffff);
+            const uint32_t pair = product->in[lane].a[i / 2];
+            a[row_of(lane, i)][column_of(lane, i)] = float_of_bf16(pair >> (16 * (i % 2)) & 0xffff);
         }
     }
     if (in.a == nullptr) {
@@ -199,8 +201,9 @@ void check_products_of_block() {
         if (warp.products.size() != 0) {
             fail("the block ends while %s is under way", words(warp.products[0].in[0].site).c_str());
         }
-        if (warp.started != first.started) fail("warp %u started %d products, the first of its warpgroup %d", i,
-                                                warp.started, first.started);
+        if (warp.started != first.started) {
+            fail("warp %u started %d products, the first of its warpgroup %d", i, warp.started, first.started);
+        }
     }
 }
 
@@ -220,6 +223,7 @@ bool is_read_by_products(uint32_t begin, uint32_t end) {
 void begin_products(const Lane*) { mine().has_begun = true; }
 
 void start_product(const Lane* lanes) {
+    const Unwatched unwatched;
     WarpProducts& warp = mine();
     const ProductIn& first = *static_cast<const ProductIn*>(lanes[0].in);
     for (int i = 1; i < kLanes; ++i) {
@@ -253,6 +257,7 @@ void start_product(const Lane* lanes) {
 void commit_products(const Lane*) { ++mine().groups; }
 
 void wait_for_products(const Lane* lanes) {
+    const Unwatched unwatched;
     WarpProducts& warp = mine();
     const int keep = static_cast<const WaitIn*>(lanes[0].in)->keep;
     warp.has_begun = false;

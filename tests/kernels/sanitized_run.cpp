@@ -77,5 +77,7 @@ int main(int count, char** words) {
     p.d_v = d_v.view;
     p.lse = lse.data();
     p.delta = delta.data();
-    return report("forward", ledom_attention_forward_cuda(&p)) || report("backward", ledom_attention_backward_cuda(&p));
+    return report("forward", ledom_attention_forward_cuda(&p)) ||
+           report("backward", ledom_attention_backward_cuda(&p)) ||
+           report("forward for sm_90a", ledom_attention_forward_sm90a(&p));
 }
