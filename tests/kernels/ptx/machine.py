@@ -274,6 +274,10 @@ class Machine:
                     raise PtxError(self._deadlock())
             else:
                 raise PtxError(f"no end after {max_steps} instructions: {self.kernel.instructions[at]}")
+            if self.barriers:
+                key, left = next(iter(self.barriers.items()))
+                raise PtxError(f"all threads have ended, and {left.arrived} of {left.expected} have come to barrier "
+                               f"{key % 16} of block {key // 16}")  # fmt: skip
             for check_end in self.at_end:
                 try:
                     check_end()

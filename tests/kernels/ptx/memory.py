@@ -239,4 +239,6 @@ class SharedMemory:
 
     def _race(self, what: str, lanes: Array, words: Array, bad: Array, did: str) -> str:
         lane, word = np.argwhere(bad)[0]
-        return f"{what} thread {self.writer[words[lane, word]]} {did}, without a barrier between"
+        writer = self.writer[words[lane, word]]
+        who = f"thread {writer}" if writer < self.order.threads else "a copy"
+        return f"{what} {who} {did}, without a barrier between"

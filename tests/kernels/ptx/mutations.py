@@ -44,7 +44,7 @@ COMMON = (
     Mutation("halves of a bf16 pair exchanged", rf"(cvt\.rn\.bf16x2\.f32 {R}, )({R}), ({R})", r"\1\3, \2"),
     Mutation("a block's barrier left out", r"bar\.sync\s+0;", "", ALL),
     Mutation("a warp's barrier left out", r"bar\.warp\.sync.*;", "", ALL),
-    Mutation("a predicate negated", r"@(%p\d+) bra", r"@!\1 bra", 5),
+    Mutation("a predicate negated", r"@(%p\d+) bra", r"@!\1 bra", 6),
     Mutation("a comparison that takes the equal too", r"setp\.gt\.s32", "setp.ge.s32"),
     Mutation("a shuffle among other lanes", r"(shfl\.sync\.bfly\.b32 .*?, .*?, ).*?,", r"\g<1>4,"),
     Mutation("a parameter 8 bytes further on", r"(ld\.param\.u64\s+\S+ \[\S+\+)(\d+)\]",
