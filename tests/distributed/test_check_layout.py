@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ledom.testing import tool_environment
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]  # one script, on whatever cores are left
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from measured_memory import LAYOUTS
 
 from megatron_ledom.testing import tool_environment
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]  # one script, on whatever cores are left
 BOUND = 0.05
 
 
