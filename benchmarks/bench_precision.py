@@ -120,7 +120,7 @@ def draw(found: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
     top.set(ylabel="training loss, nats a token", title="tiny, 500 steps, FP8 recipes emulated on the CPU")
     top.legend(frameon=False, fontsize=8)
     bottom.axhline(0, color="0.4", linewidth=0.8)
-    bottom.set(xlabel="step", ylabel="gap to BF16, same seed (solid: first, dashed: second)")
+    bottom.set(xlabel="step", ylabel="gap to BF16, nats", title="each line a seed: solid the first, dashed the second")
     for axes in (top, bottom):
         axes.grid(color="0.92")
     figure.savefig(path)
