@@ -135,6 +135,11 @@ def arguments(**changes: object) -> argparse.Namespace:
         "distributed_backend": "gloo",
         "data_budget": None,
         "data_report_only": False,
+        "keep_last": None,
+        "keep_every": None,
+        "ckpt_format": "torch_dist",
+        "rerun_mode": "validate_results",
+        "bad_numbers": "stop",
         "reset_attention_mask": False,
         "pack_pairs": False,
         "create_attention_mask_in_dataloader": False,
@@ -182,6 +187,11 @@ REFUSALS = {
         },
         "--reset-attention-mask needs --transformer-impl local",
     ),
+    "no checkpoint to keep": ({"keep_last": 0}, "--keep-last 0: give 1 or more"),
+    "keeping besides all": ({"keep_every": 100}, "--keep-every says what stays besides --keep-last K"),
+    "old checkpoints": ({"ckpt_format": "torch"}, "--ckpt-format torch is not supported by this tool"),
+    "two keepers": ({"save_retain_interval": 100}, "--keep-last and --keep-every say which checkpoints stay"),
+    "statistics of reruns": ({"rerun_mode": "report_stats"}, "report_stats needs --bad-numbers megatron"),
     "fp8 on the CPU": ({"fp8": "hybrid"}, "--fp8-format is Transformer Engine's, which needs a GPU"),
 }
 
