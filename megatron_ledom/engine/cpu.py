@@ -280,5 +280,7 @@ def _patch_megatron() -> None:
     _replace(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
     use_torch_adam(_patches)
+    for owner, name, value in cpu_saving.replacements():
+        _replace(owner, name, value)
     initialize = training.initialize_megatron
     _replace(training, "initialize_megatron", functools.partial(initialize, allow_no_cuda=True))
