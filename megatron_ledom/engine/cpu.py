@@ -271,6 +271,7 @@ def _patch_megatron() -> None:
     import megatron.training.training as training
     import torch
 
+    from megatron_ledom.engine import cpu_saving
     from megatron_ledom.engine.adam import use_torch_adam
     from megatron_ledom.engine.cpu_shortcuts import scale_tensors, without_peers
 
