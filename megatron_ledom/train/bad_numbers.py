@@ -193,8 +193,8 @@ class BadNumbers:
 
     def saw_loss(self, total: torch.Tensor, count: torch.Tensor) -> None:
         """Take note of a micro-batch: the sum of its losses and the number of its tokens."""
-        self._sums.append(total.detach())
-        self._counts.append(count.detach())
+        self._sums.append(total.detach().clone())  # Megatron's schedule divides the sum in place
+        self._counts.append(count.detach().clone())
 
     def reject(self, message: str) -> None:
         """See `StepHooks`."""

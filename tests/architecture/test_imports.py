@@ -185,7 +185,7 @@ print("CHANGED", changed)
 CONSTANT_MAKERS = {
     *("get_logger", "getLogger", "compile", "frozenset", "tuple", "set", "dict", "range", "Path", "resolve"),
     *("TypeVar", "NewType", "namedtuple", "with_name", "MappingProxyType", "float", "int", "bytes", "len"),
-    *("Struct", "enumerate", "object", "sorted", "zip", "list"),
+    *("Struct", "enumerate", "object", "sorted", "zip", "list", "Patches"),
 }
 
 

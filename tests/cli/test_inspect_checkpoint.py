@@ -128,7 +128,10 @@ def test_another_step_is_shown_and_compared_with_the_last(run: Path) -> None:
     done = inspect(checkpoints, "--step", 2, "--diff", checkpoints, "--json")
     diff = strict_json(done)["diff"]
     assert done.returncode == 1 and not diff["is_equal"]
+    seen = diff["arguments"].pop("bad_numbers_losses")
     assert diff["arguments"] == {"consumed_train_samples": [8, 16], "curr_iteration": [1, 3]}
+    logged = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(logged) == 4 and seen == [pytest.approx(logged[:2], rel=1e-6), pytest.approx(logged, rel=1e-6)]
     assert len(diff["values"]) == 36 and not any(value["bitwise_equal"] for value in diff["values"].values())
     assert inspect(checkpoints, "--diff", checkpoints / "iter_0000004").returncode == 0
     refused = inspect(checkpoints, "--step", 3)
