@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,12 +31,12 @@ class BatchDocuments:
     def keeping(self, provide: Callable[..., tuple[Any, Any, Any]]) -> Callable[..., tuple[Any, Any, Any]]:
         """Wrap Megatron's dataset provider, to know the training set that it builds."""
 
+        @functools.wraps(provide)  # Megatron looks for `is_distributed`, and for `vp_stage` in the signature
         def keep(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
             built = provide(*args, **kwargs)
             self._train = built[0]
             return built
 
-        vars(keep).update(vars(provide))  # `is_distributed`
         return keep
 
     def name(self, first: int, number: int, places: list[tuple[int, int | None]]) -> list[str]:
