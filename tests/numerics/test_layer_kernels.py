@@ -10,9 +10,9 @@ from functools import partial
 
 import pytest
 import torch
-from attention_cases import error
 
 from megatron_ledom.model.cross_entropy import vocab_parallel_cross_entropy
+from megatron_ledom.ops.conformance import error
 from megatron_ledom.ops.cross_entropy import logit_gradient_, logit_statistics
 from megatron_ledom.ops.kernels import cpu_paths
 from megatron_ledom.ops.reference import reference_cross_entropy, reference_rms_norm, reference_swiglu
