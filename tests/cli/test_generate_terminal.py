@@ -28,11 +28,14 @@ def run_on_terminal(*arguments: object) -> tuple[list[bytes], int]:
     """Run the tool with a pseudo-terminal for standard output; return what it wrote, piece by piece, and its status."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
+    environment = tool_environment({"TERM": "xterm-256color"})
+    for name in ("COLUMNS", "LINES"):  # another terminal's; pytest-xdist sets them for its workers
+        environment.pop(name, None)
     child = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "tools" / "generate.py"), *map(str, arguments)],
         stdout=theirs,
         stderr=subprocess.DEVNULL,
-        env=tool_environment({"TERM": "xterm-256color"}),
+        env=environment,
     )
     os.close(theirs)
     pieces = []
