@@ -116,6 +116,20 @@ def run_tool(
     )
 
 
+def run_program(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python code in an interpreter of its own, in `folder`, and return its output.
+
+    Raises:
+        RuntimeError: its status is not 0; with the end of what it wrote to standard error.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False, env=tool_environment()
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"the program ended with status {done.returncode}:\n{done.stderr[-3000:]}")
+    return done
+
+
 def torchrun_command(tool: str, num_processes: int, arguments: Sequence[object]) -> list[str]:
     """Return the command that starts `tools/<tool>` on `num_processes` local ranks; torchrun picks a free port."""
     return [

@@ -2,9 +2,9 @@
 
 A preset is a table from the name of a Megatron argument (its `dest`) to a value. It
 becomes the default of that argument, so that any flag on the command line overrides
-it. Nothing here is measured on a GPU: layouts and batch sizes are the usual choices for
-this size, and the learning rates are Megatron's and Llama's habits, since the paper
-does not publish them.
+it. No layout here is measured on GPUs (`2b` took a few steps on one, docs/operations.md):
+layouts and batch sizes are the usual choices for this size, and the learning rates are
+Megatron's and Llama's habits, since the paper does not publish them.
 """
 
 from __future__ import annotations

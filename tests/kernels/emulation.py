@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import itertools
 import math
 import subprocess
 from collections.abc import Sequence
@@ -95,6 +96,23 @@ class Run:
     completion: Completion = Completion.LAZY
     seed: int = 1
     removed: tuple[str, int] | None = None  # file and line of a synchronisation that does nothing
+
+
+HEAD_DIMS = (64, 128, 192)
+HEADS = ((2, 2), (4, 2), (3, 1))
+"""Query and key heads."""
+FLOOR = torch.finfo(torch.bfloat16).eps / 2
+"""What an error may be beyond twice torch's: one rounding."""
+RUNS = [
+    Run(order, completion, seed)
+    for seed, (order, completion) in enumerate(itertools.product(Order, (Completion.LAZY, Completion.RANDOM)), start=1)
+]
+"""Orders and completions that take turns over the cases; all of them meet in the test of their agreement."""
+
+
+def inputs_of(batch: int, seq: int, heads: int, groups: int, head_dim: int) -> list[torch.Tensor]:
+    """Random q, k and v in bf16: [B, S, H, D] and twice [B, S, G, D]."""
+    return [torch.randn(batch, seq, h, head_dim).to(torch.bfloat16) for h in (heads, groups, groups)]
 
 
 @dataclass

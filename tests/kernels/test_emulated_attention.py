@@ -10,26 +10,14 @@ import math
 
 import pytest
 import torch
-from emulation import Completion, Emulation, Order, Run
+from emulation import FLOOR, HEAD_DIMS, HEADS, RUNS, Completion, Emulation, Run, inputs_of
 
 from megatron_ledom.ops.conformance import error, masks
 from megatron_ledom.ops.fallback import torch_attention
 from megatron_ledom.ops.mask import AttentionMask
 from megatron_ledom.ops.reference import reference_attention
 
-HEAD_DIMS = (64, 128, 192)
-HEADS = ((2, 2), (4, 2), (3, 1))
 LENGTHS = (1, 97, 193)  # one row; a tile of keys and a bit; blocks of rows, tiles of keys and a bit
-FLOOR = torch.finfo(torch.bfloat16).eps / 2  # one rounding
-# Orders and completions take turns over the cases, and all of them meet in the test of their agreement.
-RUNS = [
-    Run(order, completion, seed)
-    for seed, (order, completion) in enumerate(itertools.product(Order, (Completion.LAZY, Completion.RANDOM)), start=1)
-]
-
-
-def inputs_of(batch: int, seq: int, heads: int, groups: int, head_dim: int) -> list[torch.Tensor]:
-    return [torch.randn(batch, seq, h, head_dim).to(torch.bfloat16) for h in (heads, groups, groups)]
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 
 import pytest
 
 from megatron_ledom.engine import precision
 from megatron_ledom.engine.precision import PRECISIONS, check_gpu, check_precision, precision_defaults
 from megatron_ledom.errors import UsageError
-from megatron_ledom.testing import tool_environment
+from megatron_ledom.testing import run_program
 
 VALIDATE = """
 import json, warnings
@@ -50,15 +48,7 @@ for name in PRECISIONS:
 @pytest.fixture(scope="module")
 def validated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
     """Precision -> Megatron's configuration after its validation for a GPU of compute capability 9.0."""
-    done = subprocess.run(
-        [sys.executable, "-c", VALIDATE],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path_factory.mktemp("validate"),
-        env=tool_environment(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_program(VALIDATE, tmp_path_factory.mktemp("validate"))
     records = [json.loads(line.split(" ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("FOUND")]
     return {record["name"]: record for record in records}
 

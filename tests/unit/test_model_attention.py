@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
 from megatron_ledom.model import attention
 from megatron_ledom.model.attention import KERNELS, LEDOM, MEGATRON, plan_attention
-from megatron_ledom.testing import tool_environment
+from megatron_ledom.testing import run_program
 
 SETTINGS = {
     "attention": "auto",
@@ -117,15 +115,7 @@ for changed in changes:
 
 def test_a_model_with_our_attention_has_the_losses_and_gradients_of_megatrons(tmp_path: Path) -> None:
     """Whole models: rotary in both pairings, in part or absent, and a sliding window."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=tool_environment(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_program(SCRIPT, tmp_path)
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("WORST")]
     print(done.stdout[-2000:])
     assert len(lines) == 12

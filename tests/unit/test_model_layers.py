@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from megatron_ledom.errors import UsageError
 from megatron_ledom.model import layers
 from megatron_ledom.model.layers import LEDOM, MEGATRON, plan_layers
-from megatron_ledom.testing import tool_environment
+from megatron_ledom.testing import run_program
 
 SETTINGS = {
     "layer_kernels": "auto",
@@ -108,15 +106,7 @@ for changed in ({}, {"add_bias_linear": True}, {"swiglu": False}):
 
 def test_a_model_with_the_kernels_has_the_losses_and_gradients_of_megatrons(tmp_path: Path) -> None:
     """Whole models: SwiGLU; with biases, and with another activation, where the feed-forward layer is Megatron's."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=tool_environment(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_program(SCRIPT, tmp_path)
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("WORST")]
     print(done.stdout[-2000:])
     assert len(lines) == 6

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
-from megatron_ledom.testing import tool_environment
+from megatron_ledom.testing import run_program
 
 SCRIPT = """
 import copy
@@ -25,15 +23,7 @@ for args in (dense, experts):
 
 
 def test_experts_are_megatrons_and_dense_layers_take_our_norm(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=tool_environment(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_program(SCRIPT, tmp_path)
     dense, experts = (line for line in done.stdout.splitlines() if line.startswith("LAYERS"))
     assert "megatron_ledom.model.spec.RMSNorm" in dense and "MoELayer" not in dense
     assert "MoELayer" in experts and "TopKRouter" in experts

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from megatron_ledom.testing import tool_environment
+from megatron_ledom.testing import run_program
 
 SCRIPT = """
 import json, math
@@ -65,15 +63,7 @@ print("FOUND", json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path_factory.mktemp("shadow"),
-        env=tool_environment(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_program(SCRIPT, tmp_path_factory.mktemp("shadow"))
     record: dict[str, object] = json.loads(done.stdout.split("FOUND ", 1)[1])
     assert "warning: shadow check at step 1: loss in FP8 2.8000, in BF16 3.0000: gap -0.2000 nats" in done.stderr
     return record
