@@ -18,7 +18,12 @@ end_with() { # STATUS WHY...
   exit "$1"
 }
 refuse() { end_with 2 "$*"; }
-trap '[ -n "$ended" ] || [ "${DRY_RUN:-0}" = 1 ] || echo "job ended: a command of the batch script itself failed (status $?)"' EXIT
+# Of this shell alone: a child that a signal hits before its exec runs the trap, too, while this shell goes on.
+unforeseen() { # STATUS COMMAND
+  [ "$BASHPID" = $$ ] && [ -z "$ended" ] && [ "${DRY_RUN:-0}" != 1 ] || return 0
+  say "job ended: a command of the batch script itself failed (status $1): $2"
+}
+trap 'unforeseen $? "$BASH_COMMAND"' EXIT
 
 log="" log_start=0 # where this start's part of the log begins: a job that is started again appends
 if [ "$job" != 0 ]; then

@@ -30,7 +30,7 @@ class Job:
     def wait_for(self, pattern: str) -> str:
         """Wait for a line that matches, after those of the last call, and return it."""
         deadline = time.monotonic() + TIMEOUT_S
-        while not (match := re.compile(pattern, re.M).search(self.text(), self.seen)):
+        while not (match := re.compile(pattern, re.M).search(self.text().rpartition("\n")[0], self.seen)):
             states = self.slurm.states(self.number)
             assert time.monotonic() < deadline and "COMPLETED" not in states, f"no {pattern!r}: {states}\n{self.end()}"
             if states == ["PENDING"] and self.slurm.field(self.number, "Restarts") != "0":
@@ -52,8 +52,8 @@ class Job:
         return self.text().rstrip("\n").rsplit("\n", 1)[-1]
 
 
-def wait_for_tasks(*words: str) -> list[psutil.Process]:
-    """Wait for Python processes whose command lines hold all `words`, and return them."""
+def wait_for_tasks(*words: str, count: int = 1) -> list[psutil.Process]:
+    """Wait until `count` Python processes have command lines that hold all `words`, and return them."""
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
         found = []
@@ -61,10 +61,10 @@ def wait_for_tasks(*words: str) -> list[psutil.Process]:
             line = process.info["cmdline"] or [""]
             if "python" in Path(line[0]).name and set(words) <= set(line):
                 found.append(process)
-        if found:
+        if len(found) >= count:
             return found
         time.sleep(0.01)
-    raise AssertionError(f"no process with {words}")
+    raise AssertionError(f"fewer than {count} processes with {words}")
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,11 @@ def test_a_job_signalled_in_every_phase_ends_as_the_undisturbed_one(
 
 
 def kill_tasks(run: Path) -> None:
-    """SIGKILL the training processes of the run as soon as they are there: what the kernel does when memory is out."""
-    for process in wait_for_tasks("tools/pretrain.py", str(run)):
+    """SIGKILL both ranks as soon as they are there: what the kernel does when memory is out.
+
+    Both: srun ends the other by SIGTERM, and reports the higher status.
+    """
+    for process in wait_for_tasks("tools/pretrain.py", str(run), count=2):
         process.kill()
 
 
