@@ -3,7 +3,7 @@
 A step is a function that returns one line about its result. The runner prints the step
 and the commands it starts, keeps their whole output in a log file, shows the lines that
 matter, samples the memory of the process tree, and remembers finished steps on disk so
-that `resume` can skip them. It knows nothing about language models.
+that `resume` can skip them. Ctrl-C and SIGTERM end the commands, too. It knows nothing about language models.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -64,12 +66,14 @@ class Runner:
         self.folder = folder
         self.peak_memory_bytes = 0
         self._environment = dict(environment)
+        self._running: set[subprocess.Popen[str]] = set()
         self._log = folder / "logs" / "unnamed.log"
         for name in ("logs", "steps"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
     def run_plan(self, plan: Sequence[Step]) -> list[Finished]:
-        """Run every step that has no record yet and return all records in order."""
+        """Run every step that has no record yet and return all records in order; to be called in the main thread."""
+        before = signal.signal(signal.SIGTERM, self._stop)
         stop = threading.Event()
         sampler = threading.Thread(target=self._sample_memory, args=(stop,), daemon=True)
         sampler.start()
@@ -79,6 +83,7 @@ class Runner:
                 print(f"[{index + 1:2d}/{len(plan)}] {step.title}{self._time_left(plan, finished)}", flush=True)
                 finished.append(self._run_step(step))
         finally:
+            signal.signal(signal.SIGTERM, before)
             stop.set()
             sampler.join()
         return finished
@@ -129,6 +134,7 @@ class Runner:
             threads = [threading.Thread(target=follow, args=(name,), daemon=True) for name in ("stdout", "stderr")]
             for thread in threads:
                 thread.start()
+            self._running.add(process)
             try:
                 status = process.wait()
             except BaseException:  # Ctrl-C: leave no training behind
@@ -136,12 +142,19 @@ class Runner:
                 process.wait()
                 raise
             finally:
+                self._running.discard(process)
                 for thread in threads:
                     thread.join(timeout=30)
         if status != 0:
             end = "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
             raise StepFailedError(f"{words[0]} ... exited with {status}; the end of {self._log}:\n{end}")
         return "".join(output)
+
+    def _stop(self, number: int, _frame: object) -> NoReturn:
+        """On SIGTERM: end the commands of all threads, so that each thread comes back, and leave."""
+        for process in list(self._running):
+            process.terminate()
+        raise SystemExit(128 + number)
 
     def _run_step(self, step: Step) -> Finished:
         record = self.folder / "steps" / f"{step.name}.json"
