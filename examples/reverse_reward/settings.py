@@ -26,7 +26,7 @@ class Settings:
         batch: samples of an iteration.
     """
 
-    num_training: int = 62_000
+    num_training: int = 48_000
     num_tuning: int = 10_000
     num_problems: int = 1_250
     held_out_share: float = 0.2
@@ -38,7 +38,7 @@ class Settings:
     vocab_size: int = 1024
     num_layers: int = 4
     hidden_size: int = 192
-    train_iters: int = 2_600
+    train_iters: int = 2_000
     tune_iters: int = 900
     batch: int = 8
 

@@ -1,4 +1,4 @@
-"""What stands between the matrix products of a layer, computed by the fused kernels of `ops`: norm, SwiGLU, loss.
+"""What `ops` computes of a layer beside attention: norm, SwiGLU and loss by fused kernels, products where it is faster.
 
 Each takes the place of Megatron's own and computes the same up to rounding: parameters, checkpoints and parallelism do
 not change, and a run may change `--layer-kernels` at a resume. Our attention is planned apart (`model/attention.py`).
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.model.spec import RMSNorm
+from megatron_ledom.ops import products
 from megatron_ledom.ops.kernels import load_kernels
 from megatron_ledom.ops.rms_norm import rms_norm
 from megatron_ledom.ops.swiglu import swiglu
@@ -109,6 +111,28 @@ class FusedMLP(MLP):
         assert bias is None, "planned for layers without biases"
         output: tuple[torch.Tensor, torch.Tensor | None] = self.linear_fc2(swiglu(gate_and_up))
         return output
+
+
+class _FasterProducts:
+    """The product of a linear layer by `ops.products`; a mixin before Megatron's class."""
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Megatron's hook for the product. What communicates, or keeps gradients elsewhere, stays Megatron's."""
+        wants_more = any(kwargs.get(name) is not None for name in ("bias", "grad_output_buffer"))
+        wants_more |= any(kwargs.get(name) for name in ("sequence_parallel", "allreduce_dgrad"))
+        wants_more |= kwargs.get("gradient_accumulation_fusion", False) or kwargs.get("gtp_remat_size", 1) > 1
+        if wants_more or input.dtype != torch.float32 or weight.dtype != torch.float32:
+            product: torch.Tensor = super()._forward_impl(input, weight, **kwargs)  # type: ignore[misc]
+            return product
+        return products.linear(input, weight)
+
+
+class FasterColumnParallelLinear(_FasterProducts, ColumnParallelLinear):
+    """Megatron's layer whose output is cut over the tensor-parallel ranks."""
+
+
+class FasterRowParallelLinear(_FasterProducts, RowParallelLinear):
+    """Megatron's layer whose input is cut over the tensor-parallel ranks."""
 
 
 def is_plain_swiglu(config: Any) -> bool:

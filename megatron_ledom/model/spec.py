@@ -96,6 +96,7 @@ def build_layer_spec(
     if has_kernels:
         assert is_plain_layer and is_dense, "planned for dense layers"
         _put_feed_forward(layer)
+        _put_products(layer)
     is_local_rms = transformer.transformer_impl == "local" and transformer.normalization == "RMSNorm"
     if not (is_plain_layer and is_dense and is_local_rms):
         assert emulation is None, "FP8 is emulated in dense local layers with RMSNorm only"
@@ -117,16 +118,32 @@ def _with_emulation(layer: Any, emulation: Emulation) -> Any:
     """A copy of a dense layer's specification whose four linear layers emulate an FP8 recipe."""
     from megatron_ledom.model.precision import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
 
-    column = partial(EmulatedColumnParallelLinear, emulation=emulation)
-    row = partial(EmulatedRowParallelLinear, emulation=emulation)
-    submodules = copy.copy(layer.submodules)
+    rounded = copy.copy(layer)
+    rounded.submodules = copy.copy(layer.submodules)
+    _put_linear_layers(
+        rounded.submodules,
+        partial(EmulatedColumnParallelLinear, emulation=emulation),
+        partial(EmulatedRowParallelLinear, emulation=emulation),
+    )
+    return rounded
+
+
+def _put_linear_layers(submodules: Any, column: Any, row: Any) -> None:
+    """Put other linear layers into a dense layer's parts; objects that other specifications share are copied."""
     attention, mlp = copy.copy(submodules.self_attention), submodules.mlp
     attention.submodules = dataclasses.replace(attention.submodules, linear_qkv=column, linear_proj=row)
     parts = dataclasses.replace(mlp.keywords["submodules"], linear_fc1=column, linear_fc2=row)
     submodules.self_attention, submodules.mlp = attention, partial(mlp.func, submodules=parts)
-    rounded = copy.copy(layer)
-    rounded.submodules = submodules
-    return rounded
+
+
+def _put_products(layer: Any) -> None:
+    """Put the linear layers whose products are oneDNN's into a layer's specification, where that is faster."""
+    from megatron_ledom.ops.products import is_onednn_faster
+
+    if is_onednn_faster():
+        from megatron_ledom.model.layers import FasterColumnParallelLinear, FasterRowParallelLinear
+
+        _put_linear_layers(layer.submodules, FasterColumnParallelLinear, FasterRowParallelLinear)
 
 
 def _norm(has_kernels: bool) -> type[RMSNorm]:
