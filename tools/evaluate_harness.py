@@ -34,6 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-tokens", type=int, default=DEFAULT_BATCH_TOKENS, help="most tokens in a batch (default: %(default)s)"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: %(default)s)")
+    parser.add_argument(
+        "--assume-reverse", action="store_true", help="take a model whose config.json does not say its direction"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write the results to as well")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     return parser
@@ -42,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the tasks and print the results."""
     args = build_parser().parse_args(argv)
+    from megatron_ledom.direction import Direction
     from megatron_ledom.inference.files import check_output, open_output
     from megatron_ledom.inference.folder import load_record
 
@@ -64,6 +68,7 @@ def main(argv: list[str]) -> int:
         limit=args.limit,
         device=args.device,
         batch_tokens=args.batch_tokens,
+        assume_direction=Direction.REVERSE if args.assume_reverse else None,
     )
     print(format_results(results))
     if args.output is not None:

@@ -35,6 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-tokens", type=int, default=DEFAULT_BATCH_TOKENS, help="most tokens in a batch (default: %(default)s)"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: %(default)s)")
+    parser.add_argument(
+        "--assume-reverse", action="store_true", help="take models whose config.json does not say their direction"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write the table to as well")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     return parser
@@ -44,6 +47,7 @@ def main(argv: list[str]) -> int:
     """Evaluate the models and print the table."""
     args = build_parser().parse_args(argv)
     from megatron_ledom.data.sources import check_inputs, read_documents
+    from megatron_ledom.direction import Direction
     from megatron_ledom.evaluation.loss import compare_losses
     from megatron_ledom.evaluation.table import describe_comparison, format_table
     from megatron_ledom.evaluation.unigram import count_tokens
@@ -60,6 +64,7 @@ def main(argv: list[str]) -> int:
         stride_tokens=args.stride,
         device=args.device,
         batch_tokens=args.batch_tokens,
+        assume_direction=Direction.REVERSE if args.assume_reverse else None,
     )
     print(format_table(comparison))
     if args.output is not None:

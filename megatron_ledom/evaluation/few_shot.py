@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # torch comes with it, and costs seconds that a refusal shoul
 ANSWER_LINE = " is the answer of the following question."
 BELOW_CHAIN = "The above is the thought chain."
 BETWEEN = "\n\n"
-_SAID = re.compile(r"(?:^|\n)([^\n]*?) is the answer of the following question\.")
+_SAID = re.compile(r"(?:^|\n)([^\n]*?\S) is the answer of the following question\.")
 
 
 @dataclass(frozen=True)

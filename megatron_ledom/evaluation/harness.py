@@ -5,12 +5,15 @@ gives log P(earlier | later), so what is computed is chosen by `reading`:
 
     joint      log P(context + continuation), the whole in reading order, as two reverse scores that add up:
                log P(continuation) + log P(context | continuation). For the options of one question it is
-               log P(continuation | context) plus one and the same number, so that accuracies of ordinary tasks
-               are those of the conditional. Perplexities, and accuracies normalised by length, are not.
+               log P(continuation | context) plus one and the same number, so that accuracies of multiple choice
+               are those of the conditional. Perplexities, and accuracies normalised by length, are not; nor are
+               those of tasks whose options are contexts of one continuation, as winogrande's.
     context    log P(context | continuation): the paper's reward, and how Reversal Blessing (arXiv 2502.18435)
                ranks options.
     reversed   for tasks written for reverse models: the continuation stands BEFORE the context, so that
                log P(continuation | context) is what the model gives, and generation writes leftwards.
+
+Under the first two nobody knows whether the model would write the continuation: metrics that ask that are left out.
 
 A forward model answers as the harness asks. Texts are tokenised as everywhere here, apart and without special tokens.
 Source: `lm_eval.api.model.LM`, whose contract this class fulfils.
@@ -32,6 +35,8 @@ from megatron_ledom.inference.sampling import Sampling
 from megatron_ledom.log import Progress
 
 READINGS = ("joint", "context", "reversed")
+GREEDY_METRICS = {"loglikelihood": "acc", "multiple_choice": "exact_match"}
+"""The metric, by a task's output type, that asks whether greedy writing gives the continuation."""
 
 
 class HarnessLM(LM):
@@ -138,6 +143,7 @@ def run_harness(
     limit: int | None = None,
     device: str = "auto",
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    assume_direction: Direction | None = None,
 ) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness.
 
@@ -150,9 +156,11 @@ def run_harness(
         limit: examples of each task, or None for all.
         device: "auto", "cpu" or "cuda".
         batch_tokens: most tokens in a batch.
+        assume_direction: of a model whose `config.json` does not say one; forward by default.
 
     Returns:
-        The harness's `results` and `n-samples`, and how they were computed.
+        The harness's `results` and `n-samples`, how they were computed, and `left_out`: task -> the metric of
+        `GREEDY_METRICS` that the reading has no answer for.
 
     Raises:
         InputError: a folder that is not a model, an unknown task.
@@ -165,7 +173,8 @@ def run_harness(
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
         raise InputError(f"the harness knows no task {', '.join(unknown)}. Name its folder with --include-path")
-    lm = HarnessLM(load_lm(model, device=device), reading=reading, batch_tokens=batch_tokens)
+    loaded = load_lm(model, device=device, assume_direction=assume_direction)
+    lm = HarnessLM(loaded, reading=reading, batch_tokens=batch_tokens)
     found = lm_eval.simple_evaluate(
         lm,
         tasks=list(tasks),
@@ -176,13 +185,28 @@ def run_harness(
         log_samples=False,
     )
     direction = lm.lm.direction
+    has_greedy = direction is Direction.FORWARD or reading == "reversed"
     return {
         "model": str(model),
         "direction": str(direction),
         "reading": reading if direction is Direction.REVERSE else "forward",
         "results": found["results"],
         "n-samples": found["n-samples"],
+        "left_out": {} if has_greedy else _leave_out_greedy(found["results"], found["configs"]),
     }
+
+
+def _leave_out_greedy(results: dict[str, Any], configs: dict[str, Any]) -> dict[str, str]:
+    """Remove the metrics that rest on greedy writing; returns the metric of each task that had one."""
+    left_out = {}
+    for task, metrics in results.items():
+        metric = GREEDY_METRICS.get(str(configs.get(task, {}).get("output_type")))
+        names = [name for name in metrics if name.partition(",")[0] in (metric, f"{metric}_stderr")]
+        for name in names:
+            del metrics[name]
+        if metric is not None and names:
+            left_out[task] = metric
+    return left_out
 
 
 def format_results(results: dict[str, Any]) -> str:
@@ -195,6 +219,7 @@ def format_results(results: dict[str, Any]) -> str:
                 continue
             error = metrics.get(f"{metric}_stderr,{kind}")
             rows.append((task, metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "-"))
+    rows += [(task, metric, "unknown under this reading", "-") for task, metric in results["left_out"].items()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     head = f"{results['model']}: {results['direction']} model, reading {results['reading']}"

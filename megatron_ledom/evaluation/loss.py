@@ -129,6 +129,7 @@ def compare_losses(
     stride_tokens: int | None = None,
     device: str = "auto",
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    assume_direction: Direction | None = None,
 ) -> LossComparison:
     """Evaluate several models, and the unigram model, on exactly the same ids.
 
@@ -140,6 +141,7 @@ def compare_losses(
         stride_tokens: by default half the context.
         device: "auto", "cpu" or "cuda".
         batch_tokens: most tokens in a batch.
+        assume_direction: of models whose config.json does not say one; forward by default.
 
     Raises:
         InputError: a folder is not a model, or no document has a token.
@@ -157,8 +159,8 @@ def compare_losses(
     closed = unigram is None or unigram.append_eod
     rows: list[tuple[Path, Direction, TextLoss]] = []
     reference: list[list[int]] = []
-    for record in records:
-        lm = load_lm(record.folder, device=device)
+    for folder, record in zip(folders, records, strict=True):
+        lm = load_lm(record.folder, device=device, assume_direction=assume_direction)
         documents = _ids_to_predict(lm, texts, closed=closed)
         reference = reference or documents
         if documents != reference:
@@ -178,7 +180,7 @@ def compare_losses(
             progress=progress,
         )
         progress.close()
-        rows.append((record.folder, lm.direction, loss))
+        rows.append((folder, lm.direction, loss))
     yardstick = None
     if unigram is not None:
         yardstick = TextLoss(unigram.total_nll(reference), rows[0][2].num_tokens, rows[0][2].num_bytes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_ledom.evaluation.loss import LossComparison, TextLoss
@@ -13,16 +15,30 @@ def format_table(comparison: LossComparison) -> str:
     """Return the losses as an aligned Markdown table, one model a row; losses in nats."""
     unigram = comparison.unigram
     rows: list[tuple[str, ...]] = [HEADERS]
-    for folder, direction, loss in comparison.rows:
+    names = _distinct_names([folder for folder, _, _ in comparison.rows])
+    for name, (_, direction, loss) in zip(names, comparison.rows, strict=True):
         beside = ("-", "-")
         if unigram is not None:
             beside = (f"{unigram.per_token:.4f}", f"{unigram.per_token - loss.per_token:.4f}")
         figures = (f"{loss.num_tokens:,}", f"{loss.per_token:.4f}", f"{loss.bits_per_byte:.4f}", *beside)
-        rows.append((folder.name or str(folder), str(direction), *figures))
+        rows.append((name, str(direction), *figures))
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADERS))]
     lines = [_format_row(row, widths) for row in rows]
     rule = "|" + "|".join("-" * (w + 1) + ("-" if c < 2 else ":") for c, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Name folders by their last parts, as few as tell them apart; whole where nothing does.
+
+    >>> _distinct_names([Path("runs/a/hf"), Path("runs/b/hf")])
+    ['a/hf', 'b/hf']
+    """
+    for count in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
 
 
 def _format_row(row: tuple[str, ...], widths: list[int]) -> str:

@@ -39,6 +39,14 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}). Convert the file") from error
     except ValueError as error:
         raise InputError(f"{where}: not JSON ({error}). Mend or remove the line") from error
+    if b"\\ud" in line.lower():
+        try:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = ord(error.object[error.start])
+            raise InputError(
+                f"{where}: holds half of a surrogate pair (\\u{half:04x}), which is no Unicode text. Mend or remove it"
+            ) from error
     if not isinstance(record, dict):
         raise InputError(f"{where}: a JSON {type(record).__name__}, an object is needed. Mend or remove the line")
     return record

@@ -23,7 +23,7 @@ class FolderRecord:
     """A model folder and what its `config.json`, or the arguments of its checkpoint, say.
 
     Attributes:
-        folder: where it is.
+        folder: where it is; of a run's checkpoints the last finished one, whatever is saved meanwhile.
         config: the parsed `config.json`; of a checkpoint what is known before it is loaded.
         direction: `ledom.direction`, or None in a model that was not exported here.
         tokenizer_fingerprint: `ledom.tokenizer_fingerprint`, or None.
@@ -79,7 +79,7 @@ def _checkpoint_record(folder: Path) -> FolderRecord:
     checkpoint = Checkpoint.open(folder)
     config = {"max_position_embeddings": getattr(checkpoint.args, "max_position_embeddings", None)}
     fingerprint = getattr(checkpoint.args, "tokenizer_fingerprint", None)
-    return FolderRecord(folder, config, checkpoint.direction, fingerprint, is_checkpoint=True)
+    return FolderRecord(checkpoint.folder, config, checkpoint.direction, fingerprint, is_checkpoint=True)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

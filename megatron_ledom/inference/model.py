@@ -13,6 +13,7 @@ could merge across the seam.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,6 +173,9 @@ class DirectedLM:
 
         Returns:
             One `Score` per layout, in the order given.
+
+        Raises:
+            InputError: the model gives no number for a text.
         """
         pieces = [self._windows(layout) for layout in layouts]
         scored = iter(
@@ -181,7 +185,14 @@ class DirectedLM:
         for windows in pieces:
             found = [next(scored) for _ in windows]
             values = to_natural_order([value for each in found for value in each.logprobs], self.direction)
-            scores.append(Score(sum(values), tuple(values), len(windows), all(each.is_greedy for each in found)))
+            total = sum(values)
+            if not math.isfinite(total):
+                raise InputError(
+                    f"{self.record.folder} gives {total} as a log-probability in {self.model.dtype}: a number "
+                    "overflowed, or its weights are damaged. Compute in float32 or bfloat16, or see "
+                    "tools/inspect_checkpoint.py"
+                )
+            scores.append(Score(total, tuple(values), len(windows), all(each.is_greedy for each in found)))
         return scores
 
     def _windows(self, layout: ConditionedIds) -> list[ConditionedIds]:
@@ -311,14 +322,22 @@ class ReverseLM(DirectedLM):
         return sorted({self.boundary_id} | ({start_id} if start_id is not None else set()))
 
 
-def load_lm(folder: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> DirectedLM:
-    """Load a model in the direction that its `config.json` says; forward where it says nothing.
+def load_lm(
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    assume_direction: Direction | None = None,
+) -> DirectedLM:
+    """Load a model in the direction that its `config.json` says; where it says nothing in the one assumed, or forward.
 
     Raises:
         InputError: the folder is missing, incomplete, or doesn't load.
     """
-    kind = ReverseLM if load_record(folder).direction is Direction.REVERSE else ForwardLM
-    return kind.load(folder, device=device, dtype=dtype)
+    record = load_record(folder)
+    direction = record.direction or assume_direction or Direction.FORWARD
+    kind = ReverseLM if direction is Direction.REVERSE else ForwardLM
+    return kind.load(record.folder, device=device, dtype=dtype, assume_direction=direction)
 
 
 def _stored_dtype(wanted: torch.dtype | str) -> str:

@@ -22,7 +22,10 @@ from megatron_ledom.errors import InputError
 FORMAT_VERSION = 1
 _PIECE_BYTES = 1 << 20
 _WEIGHTS = ("*.safetensors", "*.bin", "*.distcp")
-_WHOLE = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
+_WHOLE = (
+    *("config.json", "common.pt", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+)
 
 
 def model_identity(folder: Path) -> str:
@@ -32,7 +35,7 @@ def model_identity(folder: Path) -> str:
     of them. A copy of the folder has the same identity.
 
     Args:
-        folder: Hugging Face's, or Megatron's with its iterations below it.
+        folder: Hugging Face's, or one iteration of Megatron's (`FolderRecord.folder`).
     """
     digest = hashlib.sha256()
     for name in _WHOLE:

@@ -110,11 +110,12 @@ def score_file(source: Path, output: Path, settings: ScoreSettings, *, overwrite
 
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     kind = ReverseLM if direction is Direction.REVERSE else ForwardLM
-    lm = kind.load(settings.model, device=settings.device, dtype=dtype, assume_direction=_assumed(settings))
+    identity = model_identity(record.folder)
+    lm = kind.load(record.folder, device=settings.device, dtype=dtype, assume_direction=_assumed(settings))
     for pair in _read_pairs(source, settings, direction):
         _arrange(lm, pair, settings)
     common = {
-        "model": model_identity(settings.model),
+        "model": identity,
         "direction": str(direction),
         "dtype": str(lm.model.dtype),
         "device": lm.model.device.type,
@@ -129,14 +130,14 @@ def score_file(source: Path, output: Path, settings: ScoreSettings, *, overwrite
             known = cache.find(keys)
             missing = [i for i, key in enumerate(keys) if key not in known]
             layouts = [_arrange(lm, block[i], settings) for i in missing]
-            scores = lm.score(layouts, batch_tokens=settings.batch_tokens, on_batch=progress.update)
+            scores = lm.score(layouts, batch_tokens=settings.batch_tokens)
             cache.add((keys[i], s.token_logprobs, s.num_windows) for i, s in zip(missing, scores, strict=True))
             known |= {keys[i]: _values(score) for i, score in zip(missing, scores, strict=True)}
             for pair, key in zip(block, keys, strict=True):
                 file.write(json.dumps(_scored(pair, *known[key], direction, settings), ensure_ascii=False) + "\n")
                 num_tokens += len(known[key][0])
             num_known += len(block) - len(missing)
-            progress.update(len(block) - len(missing))
+            progress.update(len(block))
     progress.close()
     return ScoreCounts(num_pairs, num_known, num_tokens, direction)
 

@@ -97,7 +97,7 @@ class Node:
         step: what this round wrote.
         text: the whole partial solution.
         finished: the model ended the document after it.
-        stopped: not finished, and another step does not fit into the forward model's context.
+        stopped: not finished, and another step does not fit into the context of one of the models.
         kept: it was among the beams after the round that wrote it.
         score: its reward and what that is made of.
     """
@@ -194,18 +194,44 @@ def search(
                 num_samples=settings.expansions,
                 seed=settings.sampling.seed + start * settings.max_steps + depth,
             )
-            _expand(growing, forward, find_end, settings.reward.separator, sampling, depth)
+            _expand(growing, reverse, forward, find_end, settings.reward.separator, sampling, depth)
             _keep_best(growing, reverse, forward, settings, depth)
         yield from trees
         progress.update(len(trees))
     progress.close()
 
 
+def check_lengths(
+    questions: Sequence[Question], reverse: ReverseLM, forward: ForwardLM, settings: BeamSettings
+) -> None:
+    """Refuse a question that leaves no room for a step, before the first search.
+
+    Raises:
+        InputError: it names the line.
+    """
+    from megatron_ledom.rerank.sampler import encode_prompts
+
+    for q in questions:
+        encode_prompts(forward, [q.text + settings.reward.separator], settings.sampling, what=lambda _, q=q: q.where)
+        reverse.check_length(1 + len(reverse.encode(q.text)), f"{q.where} and the beginning of a step")
+
+
 def _expand(
-    trees: Sequence[Tree], forward: ForwardLM, find_end: FindEnd, separator: str, sampling: Sampling, depth: int
+    trees: Sequence[Tree],
+    reverse: ReverseLM,
+    forward: ForwardLM,
+    find_end: FindEnd,
+    separator: str,
+    sampling: Sampling,
+    depth: int,
 ) -> None:
     """Write one step after every unfinished beam of every tree."""
     from megatron_ledom.rerank.sampler import continue_texts
+
+    def fits_reverse(question: Question, text: str) -> bool:
+        """Whether the reverse model can score the question before this partial solution."""
+        num_tokens = 1 + len(reverse.encode(question.text)) + len(reverse.encode(separator + text)) - 1
+        return reverse.context_tokens is None or num_tokens <= reverse.context_tokens
 
     places: list[tuple[Tree, Node | None]] = []
     for tree in trees:
@@ -219,8 +245,12 @@ def _expand(
         forward, prompts, sampling, find_end=find_end, what=lambda i: f"{places[i][0].question.where}, step {depth}"
     )
     for (tree, beam), continuations in zip(places, written, strict=True):
-        for continuation in continuations:
+        before = beam.text if beam else ""
+        fitting = [c for c in continuations if fits_reverse(tree.question, before + c.text)]
+        for continuation in fitting:
             tree.grow(beam, depth, continuation.text, continuation.finished)
+        if beam is not None and not fitting:
+            beam.stopped = True
 
 
 def _keep_best(
@@ -230,7 +260,10 @@ def _keep_best(
     fresh = [[node for node in tree.nodes if node.depth == depth] for tree in trees]
     for tree, nodes in zip(trees, fresh, strict=True):
         if not nodes and not tree.beams:
-            raise InputError(f"{tree.question.where}: the model writes nothing after this question")
+            raise InputError(
+                f"{tree.question.where}: the model writes nothing after this question, or its first step does not fit "
+                "into the reverse model's context. Remove the question, or give --step-tokens fewer"
+            )
     asked = [
         Question(
             tree.question.text,
@@ -301,6 +334,7 @@ def search_file(
 
     reverse = ReverseLM.load(reward.reverse_model, device=reward.device, assume_direction=reward.assumed_direction)
     forward = ForwardLM.load(reward.forward_model, device=reward.device)
+    check_lengths(questions, reverse, forward, settings)
     with open_output(output) as file:
         for tree in search(questions, reverse, forward, find_end, settings):
             record = tree.to_record(settings)

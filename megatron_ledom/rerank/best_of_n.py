@@ -1,9 +1,10 @@
 """Best of N: score every candidate of a file, rank them, write them.
 
 Owns the order of the work: everything that can be refused is refused before a model
-is loaded, questions go through the models in blocks so that memory doesn't grow
-with the file's length, and the output appears when all of it is there. The formula
-is `reward.py`'s, the file format `candidates.py`'s.
+is loaded, or, where it takes the tokenizer, before the first score; questions go
+through the models in blocks so that memory doesn't grow with the file's length, and
+the output appears when all of it is there. The formula is `reward.py`'s, the file
+format `candidates.py`'s.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ledom.direction import Direction
+from megatron_ledom.direction import ConditionedIds, Direction
 from megatron_ledom.inference import DEFAULT_BATCH_TOKENS
 from megatron_ledom.inference.files import check_output, open_output
 from megatron_ledom.inference.folder import check_direction, load_record
@@ -146,11 +147,36 @@ def rank_questions(
             yield [ranked[i] for i in rank_rewards([r.reward for r in ranked])]
 
 
+def check_lengths(
+    questions: Sequence[Question], reverse: ReverseLM, forward: ForwardLM | None, settings: RerankSettings
+) -> None:
+    """Refuse what does not fit into a model's context, all of it before the first score.
+
+    Raises:
+        InputError: as `rank_questions` would, after hours.
+    """
+    for question in questions:
+        for candidate in question.candidates:
+            _arrange_question(question, candidate, reverse, settings)
+            if forward is not None:
+                _arrange_answer(question, candidate, forward, settings)
+
+
+def _arrange_answer(q: Question, c: Candidate, forward: ForwardLM, settings: RerankSettings) -> ConditionedIds:
+    """Lay out the answer after question and separator."""
+    return forward.arrange(c.text, q.text + settings.separator, what=c.where)
+
+
+def _arrange_question(q: Question, c: Candidate, reverse: ReverseLM, settings: RerankSettings) -> ConditionedIds:
+    """Lay out the question before separator and answer."""
+    return reverse.arrange(q.text, settings.separator + c.text, what=c.where)
+
+
 def _score_answers(
     block: Sequence[Question], forward: ForwardLM, settings: RerankSettings, on_scored: Callable[[int], None] | None
 ) -> list[Score]:
     """Return log P_F(answer given question + separator) of every candidate of the block, in order."""
-    layouts = [forward.arrange(c.text, q.text + settings.separator, what=c.where) for q in block for c in q.candidates]
+    layouts = [_arrange_answer(q, c, forward, settings) for q in block for c in q.candidates]
     return forward.score(layouts, batch_tokens=settings.batch_tokens, on_batch=on_scored)
 
 
@@ -158,7 +184,7 @@ def _score_questions(
     block: Sequence[Question], reverse: ReverseLM, settings: RerankSettings, on_scored: Callable[[int], None] | None
 ) -> list[Score]:
     """Return log P_R(question given separator + answer) of every candidate of the block, in order."""
-    layouts = [reverse.arrange(q.text, settings.separator + c.text, what=c.where) for q in block for c in q.candidates]
+    layouts = [_arrange_question(q, c, reverse, settings) for q in block for c in q.candidates]
     return reverse.score(layouts, batch_tokens=settings.batch_tokens, on_batch=on_scored)
 
 
@@ -202,6 +228,7 @@ def rerank_file(source: Path, output: Path, settings: RerankSettings, *, overwri
     forward = None
     if settings.forward_model is not None:
         forward = ForwardLM.load(settings.forward_model, device=settings.device)
+    check_lengths(questions, reverse, forward, settings)
     num_candidates = sum(len(q.candidates) for q in questions)
     progress = Progress("score", num_candidates * (1 if forward is None else 2), "texts")
     with open_output(output) as file:

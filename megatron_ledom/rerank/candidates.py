@@ -52,7 +52,8 @@ class Question:
 
     Attributes:
         text: the question.
-        candidates: in the order of the file, one or more; none where it is still to be answered.
+        candidates: in the order of the file; none where it is still to be answered, or where tools/sample_answers.py
+            drew nothing but blank answers.
         where: file and line, for messages.
         record: the line as it was read, without the candidates.
     """
@@ -106,7 +107,7 @@ def _read_question(record: dict[str, Any], where: str) -> Question:
     text = _read_text(record, where)
     key = _find_candidates(record, where)
     entries = record[key]
-    if not isinstance(entries, list) or not entries:
+    if not isinstance(entries, list) or not (entries or "sampled" in record):
         raise InputError(f"{where}: field {key!r} is {entries!r}. A list of one or more answers is needed")
     read = tuple(_read_candidate(entry, f"{where}, candidate {n}") for n, entry in enumerate(entries, start=1))
     return Question(text, read, where, {k: v for k, v in record.items() if k != key})

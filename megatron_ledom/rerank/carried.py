@@ -137,7 +137,7 @@ def _read_logprob(value: object, name: str, where: str) -> float:
     if value == UNKNOWN_LOGPROB:
         raise InputError(
             f"{where}: {name} is {value!r}, which servers write for a token whose probability they do not report. "
-            "Ask for the chosen tokens' log-probabilities, or score with --forward-model"
+            "Ask for the chosen tokens' log-probabilities, or remove the field and score with --forward-model"
         )
     return float(value)
 

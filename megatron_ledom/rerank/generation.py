@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import InputError
 from megatron_ledom.inference.files import check_output, open_output
 from megatron_ledom.inference.folder import check_direction, load_record
 from megatron_ledom.inference.sampling import Sampling
@@ -77,7 +76,8 @@ def sample_file(
         overwrite: replace an output that exists.
 
     Returns:
-        Numbers of questions and of blank answers, which are left out: they can be neither scored nor right.
+        Numbers of questions and of blank answers, which are left out: they can be neither scored nor right. A
+        question for which there is nothing else has no candidates, and counts as answered wrongly in an evaluation.
 
     Raises:
         InputError: a malformed line, a question too long for the model.
@@ -92,6 +92,7 @@ def sample_file(
     from megatron_ledom.inference.model import ForwardLM
 
     lm = ForwardLM.load(settings.model, device=settings.device)
+    _check_lengths(lm, questions, settings)
     num_answers = settings.sampling.num_samples + settings.greedy
     progress = Progress("sample", num_answers * len(questions), "answers")
     num_blank = 0
@@ -101,12 +102,18 @@ def sample_file(
             for question, answers in zip(block, _answer(lm, block, start, settings, find_end, progress), strict=True):
                 kept = [answer for answer in answers if answer["text"].strip()]
                 num_blank += len(answers) - len(kept)
-                if not kept:
-                    raise InputError(f"{question.where}: the model wrote only blank answers, {len(answers)} of them")
                 line = {**question.record, "candidates": kept, "sampled": settings.describe()}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     progress.close()
     return len(questions), num_blank
+
+
+def _check_lengths(lm: ForwardLM, questions: Sequence[Question], settings: GenerationSettings) -> None:
+    """Refuse a question that is too long before the first answer is drawn."""
+    from megatron_ledom.rerank.sampler import encode_prompts
+
+    for question in questions:
+        encode_prompts(lm, [question.text + settings.separator], settings.sampling, what=lambda _, q=question: q.where)
 
 
 def _answer(

@@ -7,6 +7,7 @@ N samples of each.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,6 @@ def _field(candidate: Candidate, key: str) -> Any:
 
 def _number(candidate: Candidate, key: str) -> float:
     value = _field(candidate, key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise InputError(f"{candidate.where}: {key} is {value!r}. Score the file with tools/rerank.py first")
     return float(value)

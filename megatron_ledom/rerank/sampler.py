@@ -63,9 +63,7 @@ def continue_texts(
     Raises:
         InputError: a prompt and the new tokens asked for are longer than the context.
     """
-    encoded = [[lm.boundary_id, *lm.encode(prompt)] for prompt in prompts]
-    for index, ids in enumerate(encoded):
-        lm.check_length(len(ids) + sampling.max_new_tokens, f"{what(index)} and {sampling.max_new_tokens} new tokens")
+    encoded = encode_prompts(lm, prompts, sampling, what=what)
     rows = [index for index in range(len(prompts)) for _ in range(sampling.num_samples)]
     rows.sort(key=lambda index: len(encoded[index]))  # stable: the samples of a prompt stay together
     results: list[list[Continuation]] = [[] for _ in prompts]
@@ -79,6 +77,20 @@ def continue_texts(
             if on_batch is not None:
                 on_batch(len(batch))
     return results
+
+
+def encode_prompts(
+    lm: ForwardLM, prompts: Sequence[str], sampling: Sampling, *, what: Callable[[int], str] = "prompt {}".format
+) -> list[list[int]]:
+    """Return the ids of every prompt after the boundary.
+
+    Raises:
+        InputError: a prompt and the new tokens asked for are longer than the context; `what` names it.
+    """
+    encoded = [[lm.boundary_id, *lm.encode(prompt)] for prompt in prompts]
+    for index, ids in enumerate(encoded):
+        lm.check_length(len(ids) + sampling.max_new_tokens, f"{what(index)} and {sampling.max_new_tokens} new tokens")
+    return encoded
 
 
 def _grow(

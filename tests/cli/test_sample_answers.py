@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from random_models import save_random_model
 
+from megatron_ledom.rerank.answers import AnswerChecker
+from megatron_ledom.rerank.outcomes import read_outcomes
 from megatron_ledom.testing import run_tool
 
 
@@ -50,6 +52,34 @@ def test_samples_and_a_greedy_answer_are_written_for_each_question(
         *("--reverse-model", models["reverse"], "--forward-model", models["forward"], "--separator", "\n"),
     )
     assert ranked.returncode == 0, ranked.stderr
+
+
+def test_a_question_with_blank_answers_alone_stays_and_counts_as_wrong(models: dict[str, Path], tmp_path: Path) -> None:
+    """Written as the tool writes it where every answer of the second question was blank."""
+    sampled = {"model": "m", "greedy": False}
+    lines = [
+        {
+            "question": "Q",
+            "answer": "18",
+            "candidates": [{"text": " #### 18"}, {"text": " #### 1"}],
+            "sampled": sampled,
+        },
+        {"question": "R", "answer": "18", "candidates": [], "sampled": sampled},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ranked = run_tool(
+        "rerank.py",
+        *("--input", tmp_path / "in.jsonl", "--output", tmp_path / "ranked.jsonl", "--device", "cpu"),
+        *("--reverse-model", models["reverse"], "--forward-model", models["forward"]),
+    )
+    assert ranked.returncode == 0, ranked.stderr
+    assert [len(json.loads(line)["candidates"]) for line in (tmp_path / "ranked.jsonl").read_text().splitlines()] == [
+        2,
+        0,
+    ]
+    outcomes = read_outcomes(tmp_path / "ranked.jsonl", AnswerChecker())
+    assert outcomes.right.tolist() in ([[True, False], [False, False]], [[False, True], [False, False]])
+    assert outcomes.num_missing == 2
 
 
 @pytest.mark.parametrize(

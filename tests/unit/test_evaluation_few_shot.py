@@ -39,6 +39,7 @@ def test_the_prompt_is_the_papers_below_the_chain() -> None:
     [
         (CHAIN, False, None),
         (f" is the answer of the following question.\n{CHAIN}", False, None),
+        (f" is the answer of the following question.\n{CHAIN}", True, None),
         (f"6 is the answer of the following question.\n{CHAIN}", False, None),  # it may become 16
         (f"6 is the answer of the following question.\n{CHAIN}", True, "6"),
         (f"\n16 is the answer of the following question.\n{CHAIN}", False, "16"),

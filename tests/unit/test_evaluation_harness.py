@@ -44,6 +44,17 @@ doc_to_text: ""
 doc_to_target: "{{{{text}}}}"
 metric_list: [{{metric: bits_per_byte}}]
 """
+LAST = """
+task: ledom_last
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{options[0]}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc}}, {{metric: perplexity}}]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +70,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [english_documents()[5][:1500], english_documents()[9][:200]]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (folder / "choice.yaml").write_text(CHOICE.format(path=folder / "choice.jsonl"))
+    (folder / "last.yaml").write_text(LAST.format(path=folder / "choice.jsonl"))
     (folder / "text.yaml").write_text(TEXT.format(path=folder / "text.jsonl"))
     return folder
 
@@ -87,6 +99,18 @@ def test_a_multiple_choice_task_is_ranked_as_the_reading_says(
     assert found["results"]["ledom_choice"]["acc,none"] == pytest.approx(accuracy)
     assert (found["direction"], found["reading"]) == (str("forward" if is_forward else "reverse"), reading)
     assert "ledom_choice" in format_results(found)
+
+
+def test_what_asks_for_greedy_writing_is_left_out_where_nobody_knows(
+    models: dict[str, Path], tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    for reading, is_known in (("joint", False), ("reversed", True)):
+        found = run_harness(models["reverse"], ["ledom_last"], include_path=tasks, device="cpu", reading=reading)
+        metrics = {name.partition(",")[0] for name in found["results"]["ledom_last"]}
+        assert ("acc" in metrics) == is_known and "perplexity" in metrics
+        assert found["left_out"] == ({} if is_known else {"ledom_last": "acc"})
+        assert ("unknown under this reading" in format_results(found)) != is_known
 
 
 def test_the_joint_is_the_probability_of_both_read_as_one(models: dict[str, Path]) -> None:

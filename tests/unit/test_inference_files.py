@@ -14,6 +14,8 @@ def test_records_carry_their_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n\n  \r\n{"a": "\xc3\xa9"}')
     assert list(read_records(path)) == [(1, {"a": 1}), (4, {"a": "\u00e9"})]
+    path.write_bytes(rb'{"a": "\ud83d\ude00"}')
+    assert list(read_records(path)) == [(1, {"a": "\U0001f600"})]
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,7 @@ def test_records_carry_their_line_numbers(tmp_path: Path) -> None:
         (b'{"a": 1', "line 2: not JSON"),
         (b"[1]", "line 2: a JSON list, an object is needed"),
         (b'{"a": "\xff"}', "line 2: not UTF-8"),
+        (b'{"a": "x", "b": ["\\ud83d"]}', r"line 2: holds half of a surrogate pair \(\\ud83d\)"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: bytes, message: str) -> None:

@@ -12,7 +12,7 @@ from random_models import save_random_model
 from megatron_ledom.errors import InputError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.sampling import Sampling
-from megatron_ledom.rerank.beam import BeamSettings, Node, Tree, format_tree, search
+from megatron_ledom.rerank.beam import BeamSettings, Node, Tree, check_lengths, format_tree, search
 from megatron_ledom.rerank.best_of_n import RerankSettings
 from megatron_ledom.rerank.candidates import Question
 from megatron_ledom.rerank.reward import Normalize
@@ -131,6 +131,22 @@ def test_a_beam_at_the_end_of_the_context_stops_and_stays(
     too_long = replace(long, text="word " * 300)
     with pytest.raises(InputError, match=r"q.jsonl, line 1, step 1 and"):
         list(search([too_long], *models, never, settings))
+
+
+def test_a_beam_that_the_reverse_model_cannot_read_further_stops_and_stays(
+    models: tuple[ReverseLM, ForwardLM], settings: BeamSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reverse, forward = models
+    question = QUESTIONS[0]
+    num_tokens = len(reverse.encode(question.text))
+    monkeypatch.setattr(reverse, "context_tokens", num_tokens + 12)
+    (tree,) = search([question], *models, build_step_end("pattern", pattern="\0"), replace(settings, max_steps=9))
+    assert any(beam.stopped for beam in tree.beams)
+    for node in tree.nodes:
+        assert num_tokens + len(reverse.encode("\n" + node.text)) <= num_tokens + 12
+    monkeypatch.setattr(reverse, "context_tokens", num_tokens)
+    with pytest.raises(InputError, match=r"q.jsonl, line 0 and the beginning of a step"):
+        check_lengths(QUESTIONS[:1], reverse, forward, settings)
 
 
 def test_refusals(settings: BeamSettings) -> None:

@@ -136,10 +136,12 @@ def test_equal_candidates_keep_their_order(settings: RerankSettings, tmp_path: P
 
 
 def test_a_candidate_longer_than_the_context_is_named_and_nothing_is_written(
-    settings: RerankSettings, source: Path, tmp_path: Path
+    settings: RerankSettings, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with source.open("a") as file:
         file.write(json.dumps({"question": "Why?", "candidates": ["short", "long " * 400]}) + "\n")
+    monkeypatch.setattr(best_of_n, "QUESTIONS_PER_BLOCK", 1)
+    monkeypatch.setattr(best_of_n, "rank_questions", lambda *a, **k: pytest.fail("scored before all was looked at"))
     with pytest.raises(InputError, match=r"questions\.jsonl, line 7, candidate 2: \d+ tokens .* at most 256"):
         rerank_file(source, tmp_path / "out.jsonl", settings)
     assert [p.name for p in tmp_path.iterdir()] == ["questions.jsonl"]

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from random_models import edit_config, random_pairs, save_random_model
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DirectionError, InputError, OutputExistsError, UsageError
 from megatron_ledom.inference import DirectedLM, ForwardLM, ReverseLM, score_file
+from megatron_ledom.inference.folder import load_record
 from megatron_ledom.inference.score_cache import ScoreCache, model_identity
 from megatron_ledom.inference.score_file import ScoreSettings
 from megatron_ledom.testing import english_documents
@@ -120,6 +122,33 @@ def test_the_cache_knows_model_direction_texts_and_layout(models: dict[str, Path
     assert known(replace(given, model=copy)) == 0
     retrained = save_random_model(tmp_path / "retrained", copy, "reverse", seed=9)
     assert model_identity(retrained) != model_identity(models["reverse"])
+
+
+def test_the_cache_knows_which_step_of_a_run_was_read(cases: Path, tmp_path: Path) -> None:
+    """The same folder, whose tracker names another step."""
+    run = shutil.copytree(cases / "tied", tmp_path / "run")
+    (step,) = run.glob("iter_*")
+    earlier = shutil.copytree(step, run / "iter_0000001")
+    for file in earlier.glob("*.distcp"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(bytes(data))
+    first = load_record(run).folder
+    (run / "latest_checkpointed_iteration.txt").write_text("1")
+    second = load_record(run).folder
+    assert (first.name, second.name) == (step.name, "iter_0000001")
+    assert model_identity(first) == model_identity(step) != model_identity(second)
+
+
+def test_a_score_that_is_no_number_is_an_error_and_is_not_kept(models: dict[str, Path], tmp_path: Path) -> None:
+    lm = ReverseLM.load(models["reverse"], device="cpu")
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight[3, 0] = float("nan")
+    lm.model.save_pretrained(shutil.copytree(models["reverse"], tmp_path / "broken"))
+    given = settings(tmp_path / "broken", tmp_path)
+    with pytest.raises(InputError, match=r"broken gives nan as a log-probability in torch.float32"):
+        score_file.score_file(write(tmp_path / "in.jsonl", PAIRS[:2]), tmp_path / "out.jsonl", given)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
