@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_ledom.engine.budget import as_data_path, parse_budgets
-from megatron_ledom.engine.device import Device, device_defaults, has_transformer_engine
+from megatron_ledom.engine.device import Device, device_defaults, has_fused_gradients, has_transformer_engine
 from megatron_ledom.engine.flags import add_ledom_arguments
 from megatron_ledom.engine.precision import check_precision, precision_defaults
 from megatron_ledom.engine.presets import BOOKKEEPING, PRESETS, get_preset
@@ -120,7 +120,7 @@ def build_defaults(
         defaults["tensorboard_dir"] = str(front.run_dir / "tensorboard")
         if (front.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").is_file():
             defaults["load"] = defaults["save"]
-    defaults |= device_defaults(device, has_transformer_engine())
+    defaults |= device_defaults(device, has_transformer_engine(), has_fused_gradients())
     return defaults
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, Literal
 
 from megatron_ledom.errors import UsageError
@@ -53,11 +54,14 @@ def resolve_device(asked: str) -> Device:
     return "cpu"
 
 
-def device_defaults(device: Device, with_transformer_engine: bool) -> dict[str, Any]:
+def device_defaults(device: Device, with_transformer_engine: bool, with_fused_gradients: bool) -> dict[str, Any]:
     """Return the defaults (Megatron argument to value) that a device and what is installed ask for."""
     if device == "cpu":
         return CPU_DEFAULTS
-    return {} if with_transformer_engine else CUDA_LOCAL_DEFAULTS
+    if not with_transformer_engine:
+        return CUDA_LOCAL_DEFAULTS
+    # Megatron's output layer refuses to be built with the fusion that it asks for by default, whoever made the others.
+    return {} if with_fused_gradients else {"gradient_accumulation_fusion": False}
 
 
 def has_transformer_engine() -> bool:
@@ -65,3 +69,8 @@ def has_transformer_engine() -> bool:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return bool(HAVE_TE)
+
+
+def has_fused_gradients() -> bool:
+    """Whether Apex's kernel is there that adds a weight's gradient to those before it; Megatron imports it likewise."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None

@@ -20,15 +20,31 @@ cpu.install()  # torch.cuda then answers for a device of compute capability 9.0,
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.global_vars import destroy_global_vars
+from megatron.training.models.gpt import GPTModelBuilder
+from megatron_ledom.checkpoint.model import start_one_rank
 from megatron_ledom.engine.arguments import check_arguments, set_megatron_arguments
 from megatron_ledom.engine.precision import PRECISIONS
 from megatron_ledom.errors import UsageError
+from megatron_ledom.model.spec import build_layer_spec
+
+start_one_rank()
+
+def parts_of_the_model(config):
+    "Build it without memory, since its weights in FP8 would need a GPU; the engine asks for one before that."
+    torch.cuda.is_available = lambda: True
+    config.transformer_layer_spec = build_layer_spec
+    config.finalize()
+    config.transformer.init_model_with_meta_device = True
+    model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    return sorted({type(m).__name__ for m in model.modules()}), sorted(model.state_dict())
 
 assert torch.cuda.get_device_capability() == (9, 0)
 argv = "--preset 7b --run-dir unused --mock-data --tokenizer-type NullTokenizer --vocab-size 64255"
 argv += " --transformer-impl transformer_engine --tensor-model-parallel-size 1"
+argv += " --num-layers 3 --hidden-size 384 --ffn-hidden-size 512 --num-attention-heads 4 --num-query-groups 2"
 names = ("fp8", "fp8_recipe", "fp8_param", "first_last_layers_bf16", "fp8_amax_history_len", "fp8_amax_compute_algo")
 for name in PRECISIONS:
     args = set_megatron_arguments([*argv.split(), "--precision", name], "cuda")
@@ -36,7 +52,7 @@ for name in PRECISIONS:
     found = {key: getattr(config.transformer, key) for key in names} | {"bf16": config.transformer.bf16}
     try:
         check_arguments(args, "cuda")
-        found["layers"] = str(config.transformer_layer_spec(config)) if HAVE_TE else "no layers without the engine"
+        found["parts"], found["keys"] = parts_of_the_model(config) if HAVE_TE else (None, None)
     except UsageError as error:
         found["refusal"] = str(error)
     print("FOUND", json.dumps({"name": name, "has_engine": HAVE_TE} | found), flush=True)
@@ -76,7 +92,12 @@ def test_with_transformer_engine_its_layers_are_taken_and_without_it_the_message
 ) -> None:
     for name, found in validated.items():
         if found["has_engine"]:
-            assert "TELayerNormColumnParallelLinear" in str(found["layers"]), name
+            parts, keys = found["parts"], found["keys"]
+            assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention"} <= set(parts), (
+                name
+            )  # type: ignore[call-overload]
+            # The names under which checkpoints and conversion know the weights.
+            assert "decoder.layers.2.mlp.linear_fc1.layer_norm_weight" in keys, name  # type: ignore[operator]
             continue
         refusal = str(found["refusal"])
         assert "needs Transformer Engine, which this Python cannot import. Install it for this torch" in refusal

@@ -81,9 +81,10 @@ def test_the_device_decides_the_engines_arguments() -> None:
 
 
 def test_without_transformer_engine_cuda_takes_megatrons_own_layers() -> None:
-    assert device_defaults("cuda", True) == {}
-    assert device_defaults("cuda", False) == CUDA_LOCAL_DEFAULTS
-    assert device_defaults("cpu", True) == CPU_DEFAULTS
+    assert device_defaults("cuda", True, True) == {}
+    assert device_defaults("cuda", True, False) == {"gradient_accumulation_fusion": False}
+    assert device_defaults("cuda", False, True) == CUDA_LOCAL_DEFAULTS
+    assert device_defaults("cpu", True, True) == CPU_DEFAULTS
     assert CUDA_LOCAL_DEFAULTS.items() <= CPU_DEFAULTS.items()  # the same layers; the rest is the CPU's
 
 
