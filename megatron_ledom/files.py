@@ -164,6 +164,12 @@ def hash_file(path: Path, *, on_read: Callable[[int], None] | None = None, sync:
     return digest.hexdigest()
 
 
+def _sync_file(path: Path) -> None:
+    """Force the bytes of a file to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Force the names in `folder` to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -186,7 +192,7 @@ def place_beside(target: Path, *, flag: str, kind: str, check_target: Callable[[
     without its name has it again.
 
     Args:
-        target: the final name.
+        target: the final name; a link stands for what it points to.
         flag: how the user named it, for messages.
         kind: "export" or "import", for messages.
         check_target: raises if `target` must not be replaced; called before anything is made (later only where a
@@ -196,7 +202,7 @@ def place_beside(target: Path, *, flag: str, kind: str, check_target: Callable[[
         OutputExistsError: another process holds the folder.
         OutputError: the folder cannot be made there.
     """
-    target = target.absolute()
+    target = target.resolve()
     if not _old_of(target).exists():
         check_target()
     place = target.with_name(f".{target.name}.partial")
@@ -238,7 +244,7 @@ def folder_beside(
         OutputError: the folder cannot be made there, or there is not enough space.
     """
     with place_beside(target, flag=flag, kind=kind, check_target=check_target) as place:
-        target = target.absolute()
+        target = target.resolve()
         temporary = place / target.name
         try:
             _remove_leftovers(place)
@@ -251,6 +257,10 @@ def folder_beside(
         try:
             yield temporary
             check_target()
+            for folder, _, names in temporary.walk(top_down=False):
+                for name in names:
+                    _sync_file(folder / name)
+                sync_folder(folder)
             replace_folder(temporary, target)
         except Exception as error:
             needed = f"{flag} {target}: {needed_bytes:,} bytes are needed there, {free:,} were free at the start"

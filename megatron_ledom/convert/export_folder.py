@@ -72,7 +72,7 @@ def export_folder(
         OutputError: the folder cannot be made there, or there is not enough space.
     """
     with place_beside(output, flag="--output", kind="export", check_target=check_target) as place:
-        output = output.absolute()
+        output = output.resolve()
         needed = f"--output {output}: {needed_bytes:,} bytes are needed there"
         try:
             folder = _continue_or_begin(place / output.name, identity)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 import shutil
 import signal
@@ -194,3 +195,42 @@ def test_what_was_replaced_and_cannot_be_removed_is_named_and_no_failure(
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
     replace_folder(new, target)
     assert re.search(r"model, which was replaced, cannot be removed: delete .*\.model\.old", log.text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_stands_for_what_it_points_to(kind: str, is_there: bool, tmp_path: Path) -> None:
+    """Else the last rename fails, after all the work, or the link is replaced by a folder on another disk."""
+    (tmp_path / "scratch").mkdir()
+    link, real = tmp_path / "model", tmp_path / "scratch" / "model"
+    if is_there:
+        earlier(real)
+    link.symlink_to(real)
+    done = make(kind, link, "never")
+    assert done.returncode == 0, done.stderr
+    assert link.is_symlink() and (real / "weights").read_text() == "new"
+    assert [path.name for path in real.parent.iterdir()] == ["model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "scratch"]
+
+
+def test_every_file_is_on_disk_before_it_has_the_name(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import's tracker and records are small files that nobody else forces to disk."""
+    synced: list[int] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def recording(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def checking(path: Path, to: Path) -> Path:
+        everything = [path, *path.rglob("*")]
+        assert len(everything) == 4 and {each.stat().st_ino for each in everything} <= set(synced)
+        return rename(path, to)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    monkeypatch.setattr(Path, "rename", checking)
+    with folder_beside(target, flag="--save", kind="import", needed_bytes=0, check_target=free) as folder:
+        (folder / "tracker").write_text("release")
+        (folder / "release").mkdir()
+        (folder / "release" / "weights").write_text("new")
+    assert (target / "tracker").read_text() == "release"
