@@ -68,7 +68,7 @@ KINDS = ("import", "export")
 def make(kind: str, target: Path, moment: str) -> subprocess.CompletedProcess[str]:
     """Make `target` in a process of its own, killed at `moment`."""
     command = [sys.executable, "-c", MAKE, kind, str(target), moment]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=tool_environment())
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=tool_environment())
 
 
 def killed(kind: str, target: Path, moment: str) -> None:
