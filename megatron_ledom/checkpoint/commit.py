@@ -100,16 +100,27 @@ def commit(folder: Path, step: int) -> int:
     try:
         write_checksums(folder, sync=True, num_threads=HASHING_THREADS)
         sync_folder(folder)
-        target = save / folder_name(step)
-        if target.exists():  # an abandoned future, or the step that this run began from
-            target.rename(_beside(target, "old"))
-        folder.rename(target)
+        num_bytes, target = size_of(folder), save / folder_name(step)
+        _take_name(folder, target)
         sync_folder(save)
         write_tracker(save, step)
         shutil.rmtree(_beside(target, "old"), ignore_errors=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be finished: {error}") from error
-    return size_of(target)
+    return num_bytes
+
+
+def _take_name(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`; an earlier `target` is kept beside it, and has its name back if that fails."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    old = target.rename(_beside(target, "old"))  # an abandoned future, or the step that this run began from
+    try:
+        folder.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
 
 
 def write_tracker(save: Path, step: int) -> None:

@@ -27,11 +27,37 @@ LAYOUT = (
 MODEL = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("group_query_attention", "padded_vocab_size", "vocab_size", "max_position_embeddings", "seq_length"),
-    *("position_embedding_type", "rotary_base", "use_rope_scaling", "rotary_seq_len_interpolation_factor"),
-    *("normalization", "layernorm_epsilon", "swiglu", "untie_embeddings_and_output_weights", "num_experts"),
+    *("position_embedding_type", "rotary_base", "use_rope_scaling", "rope_scaling_factor", "rotary_percent"),
+    *("rotary_seq_len_interpolation_factor", "rotary_interleaved", "window_size", "softmax_type"),
+    *("normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "swiglu"),
+    *("untie_embeddings_and_output_weights", "num_experts"),
 )
-MEANING = (*MODEL, "direction", "tokenizer_fingerprint")
-"""Arguments that decide what the weights compute, and on which ids."""
+BESIDE = {
+    "rope_scaling_factor": "use_rope_scaling",
+    "window_attn_skip_freq": "window_size",
+    **dict.fromkeys(
+        ("mup_attn_scale_power", "mup_base_head_dim", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult"),
+        "use_mup",
+    ),
+    **dict.fromkeys(
+        (
+            *("moe_layer_freq", "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax"),
+            *("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk"),
+            "moe_apply_probs_on_input",
+        ),
+        "num_experts",
+    ),
+    **dict.fromkeys(("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"), "multi_latent_attention"),
+}
+"""Arguments that count only where another one is set."""
+MEANING = (
+    *(*MODEL, "direction", "tokenizer_fingerprint", *BESIDE),
+    *("squared_relu", "quick_geglu", "openai_gelu", "onnx_safe"),  # the activation of what has no SwiGLU
+)
+"""Arguments that decide what the weights compute, and on which ids.
+
+Those in which a model can differ from a Llama are in `convert.llama_config`; `convert.inspection` adds them.
+"""
 _OPTIMIZER = "optimizer."
 _MAX_DEPTH = 20
 

@@ -1,7 +1,7 @@
 """The folder that an export makes: hidden until it is whole, continued after a kill, sealed with checksums.
 
     .NAME.partial/      beside the target, while the export runs
-      lock              held by the process that writes
+      lock              held by the process that writes (`files.place_beside`)
       state.json        which export this is, and the SHA-256 of every file of weights that is finished
       NAME/             takes the target's name, in one rename, when everything is in it
 
@@ -13,10 +13,7 @@ none of this module's business.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,13 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ledom.errors import OutputError, OutputExistsError
-from megatron_ledom.files import HashingFile, as_output_error, hash_file, replace_folder, sync_folder
+from megatron_ledom.errors import OutputError
+from megatron_ledom.files import HashingFile, as_output_error, hash_file, place_beside, replace_folder, sync_folder
 from megatron_ledom.log import get_logger
 
 SUMS_NAME = "SHA256SUMS"
 STATE_FORMAT_VERSION = 1
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @dataclass
@@ -75,40 +71,33 @@ def export_folder(
         OutputExistsError: another process is writing the same folder.
         OutputError: the folder cannot be made there, or there is not enough space.
     """
-    check_target()
-    output = output.absolute()
-    place = output.with_name(f".{output.name}.partial")
-    try:
-        lock = _lock(place, output)
-    except OSError as error:
-        raise OutputError(f"--output {output} cannot be made there: {error}") from error
-    needed = f"--output {output}: {needed_bytes:,} bytes are needed there"
-    try:
-        folder = _continue_or_begin(place / output.name, identity)
-        present = sum((folder.path / name).stat().st_size for name in folder.finished)
-        free = shutil.disk_usage(place).free
-        needed += f", {free + present:,} were free at the start"
-        if free + present < needed_bytes:
-            raise OutputError(
-                f"--output {output}: {needed_bytes:,} bytes are needed there, {free + present:,} are free"
-            )
-        yield folder
-        check_target()  # it may have appeared meanwhile
-        write_sums(folder.path, folder.finished)
-        replace_folder(folder.path, output)
-    except KeyboardInterrupt:
-        get_logger(__name__).warning("what is finished stays in %s; the same command continues from it", place)
-        raise
-    except BaseException as error:
-        _remove(place, output.name)
-        refusal = as_output_error(error, needed)
-        if refusal is None:
+    with place_beside(output, flag="--output", kind="export", check_target=check_target) as place:
+        output = output.resolve()
+        needed = f"--output {output}: {needed_bytes:,} bytes are needed there"
+        try:
+            folder = _continue_or_begin(place / output.name, identity)
+            present = sum((folder.path / name).stat().st_size for name in folder.finished)
+            free = shutil.disk_usage(place).free
+            needed += f", {free + present:,} were free at the start"
+            if free + present < needed_bytes:
+                raise OutputError(
+                    f"--output {output}: {needed_bytes:,} bytes are needed there, {free + present:,} are free"
+                )
+            yield folder
+            check_target()  # it may have appeared meanwhile
+            write_sums(folder.path, folder.finished)
+            replace_folder(folder.path, output)
+        except KeyboardInterrupt:
+            get_logger(__name__).warning("what is finished stays in %s; the same command continues from it", place)
             raise
-        raise refusal from error
-    else:
-        _remove(place, output.name)
-    finally:
-        os.close(lock)
+        except BaseException as error:
+            _remove(place, output.name)
+            refusal = as_output_error(error, needed)
+            if refusal is None:
+                raise
+            raise refusal from error
+        else:
+            _remove(place, output.name)
 
 
 def write_sums(folder: Path, known: dict[str, str]) -> None:
@@ -126,32 +115,6 @@ def write_sums(folder: Path, known: dict[str, str]) -> None:
         lines.append(f"{known.get(path.name) or hash_file(path, sync=True)}  {path.name}\n")
     _write_durably(folder / SUMS_NAME, "".join(lines))
     sync_folder(folder)
-
-
-def _lock(place: Path, output: Path) -> int:
-    """Make `place` and hold its lock; return the descriptor that holds it."""
-    while True:
-        place.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(place / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # the process that held it has just finished
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), (place / "lock").stat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise OutputExistsError(f"--output {output}: another export is writing it now, in {place}") from None
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                get_logger(__name__).warning("%s cannot be locked: start no second export of that name", place)
-                return descriptor
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
 
 
 def _continue_or_begin(path: Path, identity: dict[str, Any]) -> ExportFolder:
@@ -186,12 +149,11 @@ def _continue_or_begin(path: Path, identity: dict[str, Any]) -> ExportFolder:
 
 
 def _remove(place: Path, name: str) -> None:
-    """Remove what `export_folder` makes; the lock last, while it is held."""
+    """Remove what `export_folder` makes in `place`, which goes with its lock."""
     shutil.rmtree(place / name, ignore_errors=True)
-    with contextlib.suppress(OSError):  # a foreign file in it, or a process that has just taken it over
-        for left in ("state.json", "state.new", "lock"):
+    with contextlib.suppress(OSError):
+        for left in ("state.json", "state.new"):
             (place / left).unlink(missing_ok=True)
-        place.rmdir()
 
 
 def _state_path(path: Path) -> Path:

@@ -137,7 +137,10 @@ def import_folder(load: Path, save: Path, *, options: ImportOptions | None = Non
     def check_save() -> None:
         check_target(save, overwrite=options.overwrite)
 
-    with folder_beside(save, flag="--save", needed_bytes=num_bytes + _SPARE_BYTES, check_target=check_save) as folder:
+    needed_bytes = num_bytes + _SPARE_BYTES
+    with folder_beside(
+        save, flag="--save", kind="import", needed_bytes=needed_bytes, check_target=check_save
+    ) as folder:
         write_checkpoint(weights, places, args, folder / RELEASE, dtype=dtype, num_bytes=num_bytes)
         (folder / TRACKER).write_text(RELEASE, encoding="utf-8")
         if tokenizer is not None:

@@ -23,7 +23,7 @@ from megatron_ledom.checkpoint.locate import find_checkpoint
 from megatron_ledom.convert.export_folder import SUMS_NAME
 from megatron_ledom.convert.hf_weights import HfWeights
 from megatron_ledom.convert.llama_arguments import read_config
-from megatron_ledom.convert.llama_config import CONFIG_NAME
+from megatron_ledom.convert.llama_config import CONFIG_NAME, REQUIREMENTS
 from megatron_ledom.errors import CheckpointError, UsageError
 from megatron_ledom.files import hash_file
 
@@ -192,7 +192,8 @@ def compare(first: Inspected, second: Inspected) -> dict[str, Any]:
 
     Returns:
         Every difference, and `is_equal`: the same tensors bit for bit, and the same meaning (of a checkpoint's
-        arguments those in `describe.MEANING`; paths and dates of a run may differ. Of a folder all of config.json).
+        arguments those that `meaning_differs` looks at; paths and dates of a run may differ. Of a folder all of
+        config.json).
 
     Raises:
         UsageError: one is a checkpoint and the other is not, so that no names are comparable.
@@ -205,9 +206,22 @@ def compare(first: Inspected, second: Inspected) -> dict[str, Any]:
         )
     tensors = diff_tensors(first.source, second.source)
     arguments = diff_values(first.arguments(), second.arguments())
-    meaning = set(arguments) & set(describe.MEANING) if first.checkpoint is not None else set(arguments)
-    is_equal = tensors.is_equal and not meaning
+    is_folder = first.checkpoint is None
+    has_other_meaning = bool(arguments) if is_folder else meaning_differs(first.arguments(), second.arguments())
+    is_equal = tensors.is_equal and not has_other_meaning
     return {"other": str(second.folder), "is_equal": is_equal, "arguments": arguments, **asdict(tensors)}
+
+
+def meaning_differs(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether the same weights compute different functions, or on other ids, under two sets of Megatron's arguments.
+
+    An argument of `REQUIREMENTS` that one side lacks has there the value of a Llama: Megatron did that before it had
+    the argument. What is in `describe.BESIDE` counts only where one side sets the argument that it belongs to.
+    """
+    llama = {name: values[0] for name, values, _ in REQUIREMENTS}
+    differing = diff_values(llama | first, llama | second)
+    without_say = {name for name, owner in describe.BESIDE.items() if not first.get(owner) and not second.get(owner)}
+    return not differing.keys().isdisjoint({*describe.MEANING, *llama} - without_say)
 
 
 def read_sums(folder: Path) -> dict[str, str] | None:

@@ -26,7 +26,6 @@ FIXED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("hidden_act", ("silu", "swish"), "Megatron's --swiglu gates with SiLU"),
     ("attention_bias", (False, None), "attention biases are not in the table of names"),
     ("mlp_bias", (False, None), "biases of the feed-forward are not in the table of names"),
-    ("attention_dropout", (0.0, 0, None), "train with Megatron's --attention-dropout instead"),
     ("partial_rotary_factor", (1.0, 1, None), "a Llama rotates whole heads"),
     ("sliding_window", (None,), "a Llama attends to the whole past"),
     ("quantization_config", (None,), "quantised weights are not converted: import the original ones"),
@@ -37,6 +36,7 @@ FIXED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 MAPPED = (
     *REQUIRED,
     *("model_type", "architectures", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
+    "attention_dropout",
     *("initializer_range", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "ledom"),
 )
 WITHOUT_INFLUENCE = (
@@ -116,6 +116,13 @@ def megatron_settings(config: dict[str, Any], *, where: str) -> dict[str, Any]:
     unknown = sorted(name for name in set(config) - known if not name.startswith("_"))
     if unknown:
         get_logger(__name__).warning("%s: %s: not known here and not imported", where, ", ".join(unknown))
+    dropout = config.get("attention_dropout") or 0.0
+    if dropout:
+        get_logger(__name__).warning(
+            "%s: attention_dropout %s is kept: training drops out attention, with --attention-dropout 0 it does not",
+            where,
+            dropout,
+        )
     heads = config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
     context = config.get("max_position_embeddings") or 2048
@@ -138,7 +145,7 @@ def megatron_settings(config: dict[str, Any], *, where: str) -> dict[str, Any]:
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
-        "attention_dropout": 0.0,
+        "attention_dropout": float(dropout),
         "hidden_dropout": 0.0,
         "init_method_std": config.get("initializer_range", 0.02),
         **_rope_settings(config, where),
@@ -176,6 +183,10 @@ def _size_problems(config: dict[str, Any]) -> list[str]:
         value = config.get(name)
         if value is not None and not is_positive(value):
             problems.append(f"{name} is {value!r}, expected a positive number")
+    dropout = config.get("attention_dropout")
+    is_number = isinstance(dropout, int | float) and not isinstance(dropout, bool)
+    if dropout is not None and not (is_number and 0 <= dropout <= 1):
+        problems.append(f"attention_dropout is {dropout!r}, expected a probability")
     if problems:
         return problems
     heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]

@@ -113,7 +113,7 @@ class Saves:
         started = time.monotonic()
         try:
             num_bytes = commit.commit(self._folder(step), step)
-        except LedomError as error:
+        except (LedomError, OSError) as error:
             self._failures.append(str(error))
             self._discard(step)
             self._say_failure(step, str(error))
@@ -123,7 +123,7 @@ class Saves:
         get_logger(__name__).info("checkpoint %d: %s bytes, hashed and committed in %s", step, f"{num_bytes:,}", took)
         try:
             gone = commit.prune(self._save, self._keep, step)
-        except OutputError as error:
+        except (OutputError, OSError) as error:
             get_logger(__name__).warning("warning: %s", error)
             return
         if gone:

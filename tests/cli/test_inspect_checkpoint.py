@@ -173,6 +173,15 @@ def test_a_folder_as_json_and_as_text(hf: Path) -> None:
         assert words in done.stdout
 
 
+def test_the_same_weights_under_arguments_of_another_function_are_a_difference(megatron: Path, tmp_path: Path) -> None:
+    other = rewrite(megatron, tmp_path / "partly", rotary_percent=0.5)
+    done = inspect(megatron, "--diff", other)
+    assert done.returncode == 1 and "rotary_percent" in done.stdout and "equal, bit for bit" not in done.stdout
+    unused = rewrite(megatron, tmp_path / "unused", rope_scaling_factor=4.0)  # without --use-rope-scaling
+    done = inspect(megatron, "--diff", unused)
+    assert done.returncode == 0, done.stdout
+
+
 def test_numbers_that_json_does_not_have_are_words(cases: Path, hf: Path, tmp_path: Path) -> None:
     strange = {"layernorm_epsilon": math.inf, "rotary_base": math.nan, "a_set": {1}, "a_tuple": (1, math.inf)}
     zeroed = rewrite(cases / "gqa_padded", tmp_path / "a", lambda _, values: values.zero_(), **strange)

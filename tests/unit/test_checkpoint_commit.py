@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from megatron_ledom.engine.rendezvous import Agreement
 from megatron_ledom.errors import CheckpointError, OutputError
 from megatron_ledom.log import get_logger
 from megatron_ledom.train.resume import settle_checkpoint
+from megatron_ledom.train.saves import Saves
 
 
 def write(folder: Path, step: int) -> None:
@@ -109,6 +111,43 @@ def test_a_kill_at_any_line_leaves_the_last_checkpoint(stop: Callable[[Path], No
     settle(run)
     assert read_tracker(checkpoints) == 10 and verify_checksums(find_checkpoint(checkpoints))
     assert not list(checkpoints.glob(".*"))
+
+
+def test_a_commit_that_the_disk_refuses_leaves_the_earlier_checkpoint_its_name(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same step, as after a fallback; the refusal comes between the two renames."""
+    checkpoints = run / "checkpoints"
+    partial = commit.partial_folder(checkpoints, 10, "launch1")
+    write(partial, 10)
+    rename = Path.rename
+
+    def refusing(path: Path, target: Path) -> Path:
+        if path == partial:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(OutputError, match="Input/output error"):
+        commit.commit(partial, 10)
+    assert read_tracker(checkpoints) == 10 and verify_checksums(find_checkpoint(checkpoints))
+
+
+@pytest.mark.parametrize("function", ["commit", "prune"])
+def test_what_the_file_system_says_after_a_save_ends_no_run(
+    function: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of rank 0's thread would come up in rank 0 alone, while the others wait for it."""
+
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(commit, function, stale)
+    saves = Saves(run / "checkpoints", Keep(), 0, "launch1")
+    write(commit.partial_folder(run / "checkpoints", 15, "launch1"), 15)
+    saves.saved(15, None)
+    saves.wait()
+    assert commit.candidates(run / "checkpoints")[0] == (10 if function == "commit" else 15)
 
 
 def truncate(path: Path) -> None:

@@ -71,6 +71,7 @@ def test_the_released_7b_is_the_preset(capsys: pytest.CaptureFixture[str]) -> No
         {"tie_word_embeddings": True, "head_dim": 128},
         {"rope_theta": 500_000.0, "rope_scaling": LLAMA3, "rms_norm_eps": 1e-6},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"attention_dropout": 0.1},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_theta": None},
     ],
 )
@@ -116,6 +117,8 @@ REFUSALS = {
     "half a factor": ({"rope_scaling": {"type": "linear", "factor": 2.5}}, "linear ones with a whole factor"),
     "other llama3": ({"rope_scaling": LLAMA3 | {"low_freq_factor": 2.0}}, "rotary positions of type 'llama3'"),
     "partial": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+    "text for a dropout": ({"attention_dropout": "0.1"}, "attention_dropout is '0.1', expected a probability"),
+    "too much dropout": ({"attention_dropout": 1.5}, "attention_dropout is 1.5, expected a probability"),
     "infinite base": ({"rope_theta": float("inf")}, "rope_theta is inf"),
 }
 
@@ -127,6 +130,14 @@ def test_what_megatron_cannot_express_is_refused_by_name(case: str) -> None:
     with pytest.raises(CheckpointError) as refusal:
         megatron_settings(config, where="FOLDER/config.json")
     assert "FOLDER/config.json" in str(refusal.value) and message in str(refusal.value)
+
+
+def test_a_run_s_dropout_is_kept_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Megatron's own default is 0.1, so that exports of runs without a preset have it."""
+    assert megatron_settings(RELEASED | {"attention_dropout": 0.1}, where="config.json")["attention_dropout"] == 0.1
+    assert "attention_dropout 0.1 is kept" in capsys.readouterr().err
+    assert megatron_settings(RELEASED | {"attention_dropout": 0}, where="config.json")["attention_dropout"] == 0.0
+    assert capsys.readouterr().err == ""
 
 
 def test_an_unknown_field_is_named(capsys: pytest.CaptureFixture[str]) -> None:
