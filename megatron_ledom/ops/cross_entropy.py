@@ -105,8 +105,8 @@ def _check_rows(logits: torch.Tensor, **numbers: torch.Tensor) -> None:
     for name, x in numbers.items():
         if x.shape != logits.shape[:1] or x.dtype != torch.float32 or x.device != logits.device:
             raise UsageError(
-                f"logit_gradient_: {name} is {x.dtype} {list(x.shape)} on {x.device}, and logits {list(logits.shape)} on "
-                f"{logits.device} need float32 [{len(logits)}] there"
+                f"logit_gradient_: {name} is {x.dtype} {list(x.shape)} on {x.device}, and logits {list(logits.shape)} "
+                f"on {logits.device} need float32 [{len(logits)}] there"
             )
 
 

@@ -135,7 +135,7 @@ def _fault_of_empty(x: torch.Tensor) -> str:
 
 
 def choose_rope_path(device: torch.device, dtype: torch.dtype, wish: str = AUTO, *, fault: str | None = None) -> Path:
-    """Decide which path rotary positions take; arguments (`fault` by `fault_of_rope`) and errors as for `choose_path`."""
+    """Decide which path rotary positions take; arguments (`fault`: `fault_of_rope`) and errors as for `choose_path`."""
     _check_wish(wish)
     if wish == TORCH:
         return Path(TORCH, "asked for")

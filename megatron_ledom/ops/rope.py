@@ -51,7 +51,7 @@ def rope(
         UsageError: tables that are too short, too wide, not fp32, or on another device; documents of another shape,
             dtype or device; or a path that cannot serve.
     """
-    batch, seq, _, head_dim = x_BSHD.shape
+    batch, seq = x_BSHD.shape[:2]
     _check_tables(x_BSHD, cosines_PR, sines_PR)
     check_documents(documents, batch, seq, x_BSHD.device, "rotary positions")
     fault = fault_of_rope(x_BSHD, cosines_PR)

@@ -1,4 +1,4 @@
-"""What the kernels' face refuses or leaves to torch before an address leaves Python, and what it finds out about them."""
+"""What the kernels' face refuses or leaves to torch before an address leaves Python, and what it finds out."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def test_auto_leaves_what_is_empty_to_torch(batch: int, seq: int) -> None:
         turned = rope(q, *rope_tables(torch.tensor([1.0, 0.1]), 6), from_end=True, documents=found)
         assert output.shape == turned.shape == q.shape
         assert [x.shape for x in torch.autograd.grad((output + turned).sum(), (q, k))] == [q.shape, k.shape]
-    with pytest.raises(UsageError, match="'portable' cannot serve this call: .* is empty"):
+    with pytest.raises(UsageError, match=r"'portable' cannot serve this call: .* is empty"):
         attention(q, k, k, REVERSED, path="portable")
-    with pytest.raises(UsageError, match="'portable' cannot serve this call: .* is empty"):
+    with pytest.raises(UsageError, match=r"'portable' cannot serve this call: .* is empty"):
         rope(q, *rope_tables(torch.tensor([1.0]), 6), from_end=True, path="portable")
 
 
