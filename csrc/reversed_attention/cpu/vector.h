@@ -67,7 +67,7 @@ LEDOM_INLINE Floats power_of_parts(Floats f, Floats shifted) {
 }
 
 // `value`, that of a power of x >= least; 0 below, and NaN for NaN: the addition of exponents above makes a number of a
-// NaN whose lowest bits are set. `larger` gives its second argument where one is NaN, so that this costs one instruction.
+// NaN whose lowest bits are set. `larger` gives its second argument where one is NaN, so there is no branch.
 LEDOM_INLINE Floats from_least(float least, Floats x, Floats value) {
     return x >= least ? value : larger(Floats{}, x);
 }
