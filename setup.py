@@ -8,7 +8,7 @@ installed without it, and attention takes torch's path (`megatron_ledom/ops/path
     LEDOM_KERNELS=required    a failure stops the installation
     LEDOM_KERNELS=none        nothing is built
 
-The CUDA kernels are built into it where that is asked for: they take two minutes of CPU time, and a machine without a
+The CUDA kernels are built into it where that is asked for: they take 35 seconds of CPU time, and a machine without a
 GPU has no use for them. nvcc is that of CUDACXX, CUDA_HOME, PATH, or of the package nvidia-cuda-nvcc, in this order.
 
     LEDOM_CUDA=none           without them (the default)
@@ -53,6 +53,7 @@ if IS_X86:
 NO_CUDA = {f"{CUDA}/nocuda.cpp": []}
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS_OF_THE_ENVIRONMENT = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 # Machine code for A100 and H100, which their relatives run too, and PTX for what comes after.
 MANY_GPUS = [f"-gencode=arch=compute_{a},code={c}" for a, c in ((80, "sm_80"), (90, "sm_90"), (80, "compute_80"))]
 # TMA and wgmma: machine code that runs on Hopper alone.
@@ -73,6 +74,12 @@ def cuda_source_hash() -> str:
         digest.update(f"{path.relative_to(ROOT).as_posix()}\n".encode() + path.read_bytes())
     digest.update(" ".join([*NVCC_FLAGS, *MANY_GPUS, *HOPPER_ONLY]).encode())
     return digest.hexdigest()
+
+
+def run_nvcc(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run nvcc without the flags that it takes from the environment: the hash of the kernels knows those here alone."""
+    env = {name: text for name, text in os.environ.items() if name not in NVCC_FLAGS_OF_THE_ENVIRONMENT}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 @dataclass(frozen=True)
@@ -98,26 +105,36 @@ class Toolkit:
         if nvcc is None:
             raise FileNotFoundError("no nvcc by CUDACXX, CUDA_HOME or on PATH, and nvidia-cuda-nvcc is not installed")
         # It may be a script that calls the real one: where that one lives it says itself.
-        said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+        said = run_nvcc([nvcc, "--dryrun", "-x", "cu", os.devnull])
         top = re.search(r"^#\$ TOP=(.+)$", said.stderr, re.M)
         root = Path(top[1].strip()) if top else Path(nvcc).parents[1]
         places = [root / name for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")]
         runtime = next((p / "libcudart_static.a" for p in places if (p / "libcudart_static.a").is_file()), None)
         if runtime is None:
             raise FileNotFoundError(f"no libcudart_static.a below {root}: install nvidia-cuda-runtime beside {nvcc}")
-        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        version = re.search(r"V(\d+\.\d+\.\d+)", text)
+        said = run_nvcc([nvcc, "--version"])
+        said.check_returncode()
+        version = re.search(r"V(\d+\.\d+\.\d+)", said.stdout)
         return cls(nvcc, f"nvcc {version[1] if version else 'unknown'}", str(runtime.resolve()))
 
 
 class BuildKernels(build_ext):
-    """Compiles the sources side by side, and does without the extension, or its CUDA part, where that fails."""
+    """Compiles the sources side by side, and does without the extension, or its CUDA part, where that fails.
+
+    Where there is to be none, that of an earlier build is removed: it would be taken for this one, and go into wheels.
+    """
+
+    def run(self) -> None:
+        """Build; setuptools then copies into the source tree, where that is asked for."""
+        self.is_in_place = bool(self.inplace)  # setuptools clears `inplace` while it builds
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link `ext`; the object files of unchanged sources are not kept."""
         wish = os.environ.get("LEDOM_KERNELS", "auto")
         if wish == "none":
             self.say("not built, as LEDOM_KERNELS=none asks")
+            self.remove_earlier(ext)
             return
         try:
             self.build_with_cuda(ext)
@@ -126,6 +143,19 @@ class BuildKernels(build_ext):
                 raise
             self.say(f"NOT BUILT: {error}")
             self.say("attention will take torch's path; install a C++17 compiler with OpenMP and try again")
+            self.remove_earlier(ext)
+
+    def remove_earlier(self, ext: Extension) -> None:
+        """Remove what an earlier build left where this one would have put the extension."""
+        places = [Path(self.get_ext_fullpath(ext.name))]
+        if self.is_in_place:
+            self.inplace = True
+            places.append(Path(self.get_ext_fullpath(ext.name)))
+            self.inplace = False
+        for path in places:
+            if path.exists():
+                path.unlink()
+                self.say(f"removed that of an earlier build: {path}")
 
     def build_with_cuda(self, ext: Extension) -> None:
         """Build with the CUDA kernels where they are asked for, else without them."""
@@ -190,9 +220,9 @@ class BuildKernels(build_ext):
 
     @staticmethod
     def call(command: list[str]) -> None:
-        """Run a compiler; what it says goes into the error where it fails."""
+        """Run nvcc; what it says goes into the error where it fails."""
         print(" ".join(command), flush=True)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = run_nvcc(command)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 

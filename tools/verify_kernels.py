@@ -2,7 +2,9 @@
 """Verify the CUDA kernels on this machine's GPU and record it: until then attention does not use them by itself.
 
 Output, gradients and logarithms against float64, twenty identical repeats, streams, CUDA graphs, compute-sanitizer, the
-emulation's model of the hardware, and the rates beside torch's. It takes less than nine minutes on one H100.
+emulation's model of the hardware, and the rates beside torch's. It takes less than nine minutes on one H100. Where
+compute-sanitizer is not found (PATH, CUDA_HOME, /usr/local/cuda), a record counts without the checks of memory, races
+and barriers; the table and the record say so.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from megatron_ledom.ops.conformance import mask_kind
 from megatron_ledom.ops.fallback import torch_attention
 from megatron_ledom.ops.kernels import empty_like_rows, rows_aligned, rows_contiguous
 from megatron_ledom.ops.launch import launch_backward, launch_forward
-from megatron_ledom.ops.mask import AttentionMask, Documents
-from megatron_ledom.ops.path import TORCH, choose_path
+from megatron_ledom.ops.mask import AttentionMask, Documents, check_documents
+from megatron_ledom.ops.path import TORCH, choose_path, fault_of_attention
 
 
 def attention(
@@ -59,7 +59,9 @@ def attention(
     if needs_grad is None:
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BSHD, k_BSGD, v_BSGD))
     head_dim = q_BSHD.shape[3]
-    chosen = choose_path(q_BSHD.device, q_BSHD.dtype, path, head_dim=head_dim, kind=kind, needs_grad=needs_grad)
+    fault = fault_of_attention(q_BSHD, scale)
+    about = {"head_dim": head_dim, "kind": kind, "needs_grad": needs_grad, "fault": fault}
+    chosen = choose_path(q_BSHD.device, q_BSHD.dtype, path, **about)
     if chosen.name == TORCH:
         return torch_attention(q_BSHD, k_BSGD, v_BSGD, mask, scale)
     output, _ = attention_with_lse(q_BSHD, k_BSGD, v_BSGD, mask, scale, chosen.name)
@@ -92,11 +94,7 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Atten
         raise UsageError(f"attention: q is on {q.device}, k on {k.device}, v on {v.device}")
     if not q.dtype == k.dtype == v.dtype:
         raise UsageError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; give all three one dtype")
-    for bounds in () if mask.documents is None else (mask.documents.first, mask.documents.last):
-        if bounds.shape != (batch, seq) or bounds.dtype != torch.int32:
-            raise UsageError(f"attention: document bounds are {bounds.dtype} {list(bounds.shape)}, not int32 [B, S]")
-        if bounds.device != q.device:
-            raise UsageError(f"attention: document bounds are on {bounds.device}, q on {q.device}")
+    check_documents(mask.documents, batch, seq, q.device, "attention")
 
 
 def _documents(first: torch.Tensor | None, last: torch.Tensor | None) -> Documents | None:

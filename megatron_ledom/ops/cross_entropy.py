@@ -37,7 +37,7 @@ def logit_statistics(logits_NV: torch.Tensor, targets_N: torch.Tensor, first: in
         in another part.
 
     Raises:
-        UsageError: shapes that do not fit, or a path that cannot serve.
+        UsageError: shapes, dtypes or devices that do not fit, or a path that cannot serve.
     """
     _check_shapes(logits_NV, targets_N)
     chosen = row_kernels(logits_NV, path)
@@ -73,9 +73,11 @@ def logit_gradient_(
         `logits_NV`.
 
     Raises:
-        UsageError: shapes that do not fit, logits that are not contiguous, or a path that cannot serve.
+        UsageError: shapes, dtypes or devices that do not fit, logits that are not contiguous, or a path that cannot
+            serve.
     """
     _check_shapes(logits_NV, targets_N)
+    _check_rows(logits_NV, lse_N=lse_N, d_loss_N=d_loss_N)
     if not logits_NV.is_contiguous():
         raise UsageError(f"logit_gradient_: logits {list(logits_NV.shape)} have gaps: give a contiguous tensor")
     chosen = row_kernels(logits_NV, path)
@@ -94,6 +96,18 @@ def _check_shapes(logits: torch.Tensor, targets: torch.Tensor) -> None:
             f"cross entropy: logits {list(logits.shape)} and targets {targets.dtype} {list(targets.shape)} must be "
             "[N, V] and int64 [N]"
         )
+    if targets.device != logits.device:
+        raise UsageError(f"cross entropy: targets are on {targets.device}, logits on {logits.device}")
+
+
+def _check_rows(logits: torch.Tensor, **numbers: torch.Tensor) -> None:
+    """Each row has one fp32 number in each of `numbers`: the kernels read their memory as it stands."""
+    for name, x in numbers.items():
+        if x.shape != logits.shape[:1] or x.dtype != torch.float32 or x.device != logits.device:
+            raise UsageError(
+                f"logit_gradient_: {name} is {x.dtype} {list(x.shape)} on {x.device}, and logits {list(logits.shape)} "
+                f"on {logits.device} need float32 [{len(logits)}] there"
+            )
 
 
 def _places(logits: torch.Tensor, targets: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:

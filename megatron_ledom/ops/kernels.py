@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 ABI_VERSION = 2
 """`LEDOM_ABI_VERSION` of csrc/reversed_attention/params.h."""
 
+FUNCTIONS = (
+    *("abi_version", "compiler", "cpu_paths", "cuda_compiler", "cuda_source_hash", "cuda_variants", "cuda_versions"),
+    *("Call", "attention_forward", "attention_backward", "rope"),
+    *("swiglu_forward_cpu", "swiglu_backward_cpu", "rms_norm_forward_cpu", "rms_norm_backward_cpu"),
+    *("cross_entropy_forward_cpu", "cross_entropy_backward_cpu"),
+)
+"""What this package calls of the extension. A build from before one of them has the same interface number: that counts
+the layouts of structures, and grew no further when functions came."""
+
 REBUILD = "build it with `python setup.py build_ext --inplace` (it needs a C++17 compiler with OpenMP)"
 REBUILD_WITH_CUDA = "build it with `LEDOM_CUDA=required python setup.py build_ext --inplace` (it needs nvcc)"
 COPY_BYTES = 16
@@ -56,6 +65,8 @@ def load_kernels() -> ModuleType | str:
         return f"the extension megatron_ledom.ops._kernels cannot be imported ({error}): {REBUILD}"
     if module.abi_version() != ABI_VERSION:
         return f"the extension has interface {module.abi_version()}, this package needs {ABI_VERSION}: {REBUILD}"
+    if missing := [name for name in FUNCTIONS if not hasattr(module, name)]:
+        return f"the extension is of an older source, it has no {', '.join(missing)}: {REBUILD}"
     return module
 
 

@@ -108,7 +108,8 @@ def run_poisoned(problem: Problem, path: str) -> Results:
     mask, reach = problem.mask, list(problem.mask.reach(seq))
     scale = 1 / math.sqrt(head_dim)
     o, d_q, d_k, d_v = (torch.full_like(x, math.nan) for x in (q, *problem.inputs))
-    lse, delta = (torch.full((batch, heads, seq), math.nan, device=q.device) for _ in range(2))
+    # The kernels write fp32, whatever torch's default dtype.
+    lse, delta = (torch.full((batch, heads, seq), math.nan, dtype=torch.float32, device=q.device) for _ in range(2))
     launch_forward(problem.inputs, o, lse, mask.documents, reach, scale, path)
     gradients = (d_q, d_k, d_v)
     launch_backward((*problem.inputs, o), lse, problem.d_o, gradients, delta, mask.documents, reach, scale, path)

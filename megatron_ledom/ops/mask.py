@@ -97,6 +97,28 @@ def _reach(window: int | None) -> int | None:
     return None if window is None else window - 1
 
 
+def check_documents(documents: Documents | None, batch: int, seq: int, device: torch.device, what: str) -> None:
+    """Refuse document bounds that are not of a tensor [`batch`, `seq`, ...] on `device`; nothing to do for None.
+
+    Args:
+        documents: what a caller gave; the kernels read its memory as it stands.
+        batch: B.
+        seq: S.
+        device: of the other tensors.
+        what: the operation, for the message.
+
+    Raises:
+        UsageError: another shape, dtype or device.
+    """
+    for bounds in () if documents is None else (documents.first, documents.last):
+        if bounds.shape != (batch, seq) or bounds.dtype != torch.int32:
+            raise UsageError(
+                f"{what}: document bounds are {bounds.dtype} {list(bounds.shape)}, not int32 [B, S] = [{batch}, {seq}]"
+            )
+        if bounds.device != device:
+            raise UsageError(f"{what}: document bounds are on {bounds.device}, the other tensors on {device}")
+
+
 def documents_from_lengths(cu_seqlens: torch.Tensor, batch: int, seq: int) -> Documents:
     """The documents of packed sequences.
 

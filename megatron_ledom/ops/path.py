@@ -34,11 +34,15 @@ AUTO, TORCH = "auto", "torch"
 CPU_KERNELS = ("avx512", "avx2", "portable")
 CUDA_KERNELS = ("sm90a", "sm80")
 PATHS = (*CPU_KERNELS, *CUDA_KERNELS, TORCH)
+LEAST_SCALE = 2.0**-150
+"""What is not larger than this is 0 in the fp32 that kernels take."""
 AMX_HEAD_DIM = 128
 """From this head size on, torch's bf16 is faster than the kernels where there is AMX: 1.5 to 2.3 times at 128."""
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 CUDA_DTYPES, CUDA_HEAD_DIMS = (torch.bfloat16,), (64, 128, 192)
 """What the CUDA attention kernels compute."""
+MAX_GRID_Y = 65_535
+"""Batch rows or heads that one launch of CUDA's takes: `kMaxGridY` of csrc/reversed_attention/cuda/launch.h."""
 GAPLESS = ("causal", "reversed")
 """Kinds of masks that skip no tiles, and that torch can say without writing them out."""
 FASTER_TRAINING_BY_TORCH = (90,)
@@ -66,6 +70,7 @@ def choose_path(
     head_dim: int = 0,
     kind: str = "window",
     needs_grad: bool = False,
+    fault: str | None = None,
 ) -> Path:
     """Decide which path an attention call takes.
 
@@ -76,6 +81,7 @@ def choose_path(
         head_dim: D.
         kind: of the mask, one of `conformance.KINDS`.
         needs_grad: whether the backward pass will be wanted.
+        fault: why no kernel takes the call, whatever its path (`fault_of_attention`); None where some may.
 
     Raises:
         UsageError: `wish` names a path that cannot serve this call.
@@ -83,6 +89,8 @@ def choose_path(
     _check_wish(wish)
     if wish == TORCH:
         return Path(TORCH, "asked for")
+    if fault:
+        return _torch_or_error(wish, fault)
     if device.type == "cuda":
         is_deterministic = torch.are_deterministic_algorithms_enabled()
         if wish == AUTO and trains_faster_by_torch(_capability(_index_of(device)), kind, needs_grad, is_deterministic):
@@ -99,11 +107,40 @@ def choose_path(
     return _asked_for(wish, fault)
 
 
-def choose_rope_path(device: torch.device, dtype: torch.dtype, wish: str = AUTO) -> Path:
-    """Decide which path rotary positions take; arguments and errors are those of `choose_path`."""
+def fault_of_attention(q_BSHD: torch.Tensor, scale: float) -> str | None:
+    """Why the sizes of an attention call, or its scale, are none that kernels take; None where they may."""
+    batch, _, heads, _ = q_BSHD.shape
+    if not q_BSHD.numel():
+        return _fault_of_empty(q_BSHD)
+    if q_BSHD.device.type != "cuda":
+        return None
+    if batch > MAX_GRID_Y or heads > MAX_GRID_Y:
+        return f"the CUDA kernels take at most {MAX_GRID_Y:,} batch rows and heads, not {batch:,} and {heads:,}"
+    return None if scale > LEAST_SCALE else f"the CUDA kernels need a positive scale, not {scale}"
+
+
+def fault_of_rope(x_BSHD: torch.Tensor, cosines_PR: torch.Tensor) -> str | None:
+    """The same of a call for rotary positions; a table without a column turns nothing, and no kernel takes it."""
+    if not x_BSHD.numel():
+        return _fault_of_empty(x_BSHD)
+    if not cosines_PR.numel():
+        return f"rotary tables {list(cosines_PR.shape)} are empty: there is nothing to turn"
+    if x_BSHD.device.type == "cuda" and len(x_BSHD) > MAX_GRID_Y:
+        return f"the CUDA kernel takes at most {MAX_GRID_Y:,} batch rows, not {len(x_BSHD):,}"
+    return None
+
+
+def _fault_of_empty(x: torch.Tensor) -> str:
+    return f"a tensor {list(x.shape)} is empty: there is nothing to compute"
+
+
+def choose_rope_path(device: torch.device, dtype: torch.dtype, wish: str = AUTO, *, fault: str | None = None) -> Path:
+    """Decide which path rotary positions take; arguments (`fault`: `fault_of_rope`) and errors as for `choose_path`."""
     _check_wish(wish)
     if wish == TORCH:
         return Path(TORCH, "asked for")
+    if fault:
+        return _torch_or_error(wish, fault)
     if device.type == "cuda":
         return _rope_path_on_gpu(_index_of(device), dtype, wish)
     fault = _fault_of_cpu_kernels(device, dtype)

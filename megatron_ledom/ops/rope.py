@@ -19,8 +19,8 @@ from megatron_ledom.ops.conformance import Rotation
 from megatron_ledom.ops.fallback import torch_rope
 from megatron_ledom.ops.kernels import empty_like_rows, rows_contiguous
 from megatron_ledom.ops.launch import launch_rope
-from megatron_ledom.ops.mask import Documents
-from megatron_ledom.ops.path import TORCH, choose_rope_path
+from megatron_ledom.ops.mask import Documents, check_documents
+from megatron_ledom.ops.path import TORCH, choose_rope_path, fault_of_rope
 from megatron_ledom.ops.reference import positions
 
 
@@ -48,22 +48,33 @@ def rope(
         path: "auto", or one of `path.PATHS`.
 
     Raises:
-        UsageError: tables that are too short, too wide, or on another device.
+        UsageError: tables that are too short, too wide, not fp32, or on another device; documents of another shape,
+            dtype or device; or a path that cannot serve.
     """
-    batch, seq, _, head_dim = x_BSHD.shape
-    if len(cosines_PR) < seq or 2 * cosines_PR.shape[1] > head_dim or cosines_PR.shape != sines_PR.shape:
-        raise UsageError(
-            f"rotary tables {list(cosines_PR.shape)} and {list(sines_PR.shape)} do not fit {seq} tokens of head size "
-            f"{head_dim}: they are [positions, R / 2], at least {seq} x at most {head_dim // 2}"
-        )
-    if not cosines_PR.device == sines_PR.device == x_BSHD.device:
-        raise UsageError(f"rotary tables are on {cosines_PR.device} and {sines_PR.device}, x on {x_BSHD.device}")
-    if choose_rope_path(x_BSHD.device, x_BSHD.dtype, path).name == TORCH:
+    batch, seq = x_BSHD.shape[:2]
+    _check_tables(x_BSHD, cosines_PR, sines_PR)
+    check_documents(documents, batch, seq, x_BSHD.device, "rotary positions")
+    fault = fault_of_rope(x_BSHD, cosines_PR)
+    if choose_rope_path(x_BSHD.device, x_BSHD.dtype, path, fault=fault).name == TORCH:
         at = positions(documents, batch, seq, from_end=from_end, device=x_BSHD.device)
         return torch_rope(x_BSHD, cosines_PR[at], sines_PR[at], interleaved=interleaved, inverse=inverse)
     first, last = (None, None) if documents is None else (documents.first, documents.last)
     turned: torch.Tensor = rope_op()(x_BSHD, cosines_PR, sines_PR, first, last, from_end, interleaved, inverse)
     return turned
+
+
+def _check_tables(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> None:
+    _, seq, _, head_dim = x.shape
+    is_fitting = cosines.ndim == 2 and len(cosines) >= seq and 2 * cosines.shape[1] <= head_dim
+    if not is_fitting or cosines.shape != sines.shape:
+        raise UsageError(
+            f"rotary tables {list(cosines.shape)} and {list(sines.shape)} do not fit {seq} tokens of head size "
+            f"{head_dim}: they are [positions, R / 2], at least {seq} x at most {head_dim // 2}"
+        )
+    if not cosines.dtype == sines.dtype == torch.float32:
+        raise UsageError(f"rotary tables are {cosines.dtype} and {sines.dtype}: give float32, whatever the dtype of x")
+    if not cosines.device == sines.device == x.device:
+        raise UsageError(f"rotary tables are on {cosines.device} and {sines.device}, x on {x.device}")
 
 
 @functools.cache

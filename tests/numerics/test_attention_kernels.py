@@ -68,6 +68,22 @@ def test_errors_are_at_most_twice_torchs(seq: int, head_dim: int) -> None:
     assert not faults, "\n".join(faults)
 
 
+@pytest.mark.parametrize("path", cpu_paths())
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00001, 0x7FC00000])
+def test_nan_stays_nan_whatever_its_payload(bits: int, path: str) -> None:
+    torch.manual_seed(1)
+    mask = masks(1, 70)["reversed"]
+    q, k, v = (torch.randn(1, 70, 2, 16) for _ in range(3))
+    d_output = torch.randn(1, 70, 2, 16)
+    q.view(torch.int32)[0, 40, 1, 5] = bits
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    output, _ = attention_with_lse(*inputs, mask, 0.3, path)
+    rows = output.detach().isnan().all(-1)
+    assert rows[0, 40, 1] and rows.sum() == 1 == output.detach().isnan().any(-1).sum()
+    d_q, d_k, d_v = torch.autograd.grad(output, inputs, d_output)
+    assert d_q[0, 40, 1].isnan().all() and all(x[0, 40:, 1].isnan().all() for x in (d_k, d_v))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotary_positions_against_float64(dtype: torch.dtype) -> None:
     torch.manual_seed(1)

@@ -146,6 +146,14 @@ def test_extreme_values(path: str) -> None:
         assert rms_norm(x, torch.ones(40), EPS, path)[1].isfinite().all()
         maximum, total, _ = logit_statistics(x, torch.tensor([0, 0]), 0, path)
         assert not (torch.log(total) + maximum)[0].isfinite() and (torch.log(total) + maximum)[1].isfinite()
+    for bits in (0x7FFFFFFF, 0x7FC00001, -1):  # NaN with bits set that an addition of exponents would carry on
+        nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        x, one = torch.randn(1, 40), torch.ones(1)
+        x[0, 3] = nan
+        assert swiglu(torch.cat([x, x], dim=-1), path)[0, 3].isnan()
+        assert logit_statistics(x, torch.tensor([0]), 0, path)[1].isnan()
+        assert logit_gradient_(x.clone(), torch.tensor([0]), one, one, 0, path)[0, 3].isnan()
+        assert logit_gradient_(x.nan_to_num(), torch.tensor([0]), nan[None], one, 0, path).isnan().all()
     far = torch.full((1, 100), -torch.inf)
     far[0, 7] = 1e4
     maximum, total, predicted = logit_statistics(far, torch.tensor([7]), 0, path)

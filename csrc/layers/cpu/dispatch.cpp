@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "common/cpu/features.h"
 #include "layers/cpu/paths.h"
 
 namespace {
@@ -31,12 +32,8 @@ int run(Params params, bool is_backward, const char* path, const Kernels<Params>
     if (params.num_threads < 1) params.num_threads = omp_get_max_threads();
     const auto is_asked = [path](const char* name) { return path == nullptr || !*path || strcmp(path, name) == 0; };
 #if defined(LEDOM_X86_PATHS)
-    // The whole set that layers_avx512.cpp is compiled with: a processor may have the foundation alone.
-    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (has_avx512 && is_asked("avx512")) return kernels.avx512(params, is_backward);
-    if (has_avx2 && is_asked("avx2")) return kernels.avx2(params, is_backward);
+    if (ledom::has_avx512() && is_asked("avx512")) return kernels.avx512(params, is_backward);
+    if (ledom::has_avx2() && is_asked("avx2")) return kernels.avx2(params, is_backward);
 #endif
     return is_asked("portable") ? kernels.portable(params, is_backward) : static_cast<int>(LEDOM_NOT_BUILT);
 }

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <string>
 
+#include "common/cpu/features.h"
 #include "reversed_attention/cpu/paths.h"
 
 namespace {
@@ -18,8 +19,8 @@ struct Path {
 const Path* paths(int* count) {
     static const Path all[] = {
 #if defined(LEDOM_X86_PATHS)
-        {"avx512", ledom::attention_avx512, __builtin_cpu_supports("avx512f") != 0},
-        {"avx2", ledom::attention_avx2, __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0},
+        {"avx512", ledom::attention_avx512, ledom::has_avx512()},
+        {"avx2", ledom::attention_avx2, ledom::has_avx2()},
 #endif
         {"portable", ledom::attention_portable, true},
     };

@@ -66,11 +66,17 @@ LEDOM_INLINE Floats power_of_parts(Floats f, Floats shifted) {
     return (Floats)((Bits)p + ((Bits)shifted << 23));
 }
 
+// `value`, that of a power of x >= least; 0 below, and NaN for NaN: the addition of exponents above makes a number of a
+// NaN whose lowest bits are set. `larger` gives its second argument where one is NaN, so there is no branch.
+LEDOM_INLINE Floats from_least(float least, Floats x, Floats value) {
+    return x >= least ? value : larger(Floats{}, x);
+}
+
 // 2 to the power of x, for x <= 127; 0 below -126, and NaN for NaN. Relative error about 1e-7.
 LEDOM_INLINE Floats power_of_two(Floats x) {
     const Floats shift = splat(kShift), shifted = x + shift;
     const Floats value = power_of_parts(x - (shifted - shift), shifted);
-    return x < -126.0f ? Floats{} : value;
+    return from_least(-126.0f, x, value);
 }
 
 // e to the power of x, for x <= 88; 0 below -87, and NaN for NaN. Relative error about 1e-7 for large |x| too: the
@@ -79,7 +85,7 @@ LEDOM_INLINE Floats exponential(Floats x) {
     const Floats shift = splat(kShift), shifted = x * 1.44269504088896340736f + shift, n = shifted - shift;
     const Floats rest = (x - n * 0.693359375f) - n * -2.12194440054690583e-4f;
     const Floats value = power_of_parts(rest * 1.44269504088896340736f, shifted);
-    return x < -87.0f ? Floats{} : value;
+    return from_least(-87.0f, x, value);
 }
 
 enum class Into { kStore, kAdd, kScaleAndAdd };

@@ -125,7 +125,7 @@ def run_all(report: Report, parts: Sequence[str], folder: Path, clock: Clock, op
     report.notes["wrappers"] = wrappers.result()
     program = find_sanitizer()
     if program is None:
-        report.notes["compute-sanitizer"] = "not found: memory, races and barriers were not looked at"
+        report.notes["compute-sanitizer"] = "not found: the record counts without checks of memory, races and barriers"
     else:
         started = time.monotonic()
         for part, faults in check_with_sanitizer(program, parts, clock, options.is_quick).items():
