@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ class Document:
 def find_sources(inputs: Sequence[Path]) -> list[Source]:
     """Return the files that `inputs` name, in order; folders and globs give their files sorted by path.
 
-    A folder is searched to any depth for files of a known suffix; hidden ones are passed over.
+    A folder is searched to any depth for files of a known suffix; hidden ones are passed over. Links to folders are
+    followed, here and by `**`; a folder that is reached twice, as in a loop of links, is searched once.
 
     Raises:
         InputError: something is not there or cannot be read, a folder holds no such file, or all is empty.
@@ -97,17 +99,50 @@ def check_inputs(paths: Sequence[Path]) -> int:
 
 def _expand(entry: Path) -> list[Path]:
     if entry.is_dir():
-        found = [p for p in sorted(entry.rglob("*")) if p.is_file() and _is_data(p.relative_to(entry))]
+        files = sorted(p for folder in _folders_below(entry, hidden=False) for p in folder.iterdir())
+        found = [p for p in files if p.is_file() and _is_data(p.relative_to(entry))]
         if not found:
             raise InputError(f"{entry} is a folder without a file named {', '.join(_SUFFIXES)} (or with .gz, .zst)")
         return found
     if not entry.exists() and any(c in str(entry) for c in "*?["):
         root = Path(entry.anchor or ".")
-        found = [p for p in sorted(root.glob(str(entry.relative_to(entry.anchor)))) if p.is_file()]
+        found = [p for p in sorted(_matches(root, entry.relative_to(entry.anchor).parts)) if p.is_file()]
         if not found:
             raise InputError(f"no file matches {entry}")
         return found
     return [entry]
+
+
+def _matches(root: Path, parts: Sequence[str]) -> set[Path]:
+    """Return what a glob of these parts gives below `root`; its `**` follows links, which `Path.glob` does not."""
+    if "**" not in parts:
+        return set(root.glob("/".join(parts))) if parts else {root}
+    at = parts.index("**")
+    starts = [start for start in _matches(root, parts[:at]) if start.is_dir()]
+    folders = {folder for start in starts for folder in _folders_below(start, hidden=True)}
+    return {path for folder in folders for path in _matches(folder, parts[at + 1 :])}
+
+
+def _folders_below(root: Path, *, hidden: bool) -> list[Path]:
+    """Return `root` and all folders below it, links followed, each real folder once: under a name without links if any.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    found, seen, starts = [], set(), [root]
+    for start in starts:  # grows by the links, so that they come after all that is there itself
+        for place, names, _ in os.walk(start, onerror=refuse):
+            real = os.path.realpath(place)
+            names[:] = [] if real in seen else sorted(n for n in names if hidden or not n.startswith("."))
+            if real not in seen:
+                seen.add(real)
+                found.append(Path(place))
+                starts += [link for name in names if (link := Path(place, name)).is_symlink()]
+    return found
 
 
 def _is_data(path: Path) -> bool:
