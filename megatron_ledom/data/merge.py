@@ -308,13 +308,18 @@ class _Merge:
     def _clear_away(self, key: int, staged: Collection[tuple[int, str]], manifest_file: StagedFile) -> None:
         """Remove the manifest of an older dataset, so that new data never stands beside it, and what the new one lacks.
 
-        One that is the new manifest already is another joiner's, and its files may all stand.
+        One that is the new manifest already is another joiner's, and stays: its files may all stand.
         """
         old = manifest_file.path
-        if old.is_file() and old.read_bytes() == manifest_file.partial.read_bytes():
-            return
-        for suffix in (".manifest.json", *SUFFIXES):
-            if suffix == ".manifest.json" or (key, suffix[1:]) not in staged:
+        if old.is_file():
+            taken = self._work.temporary(self._work.path / "old")
+            old.replace(taken)  # looked at when no other joiner can replace it any more
+            if taken.read_bytes() == manifest_file.partial.read_bytes():
+                taken.replace(old)
+                return
+            taken.unlink()
+        for suffix in SUFFIXES:
+            if suffix != ".manifest.json" and (key, suffix[1:]) not in staged:
                 Path(f"{self._prefixes[key]}{suffix}").unlink(missing_ok=True)
 
     def _check_counts(self) -> None:

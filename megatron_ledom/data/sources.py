@@ -99,7 +99,7 @@ def check_inputs(paths: Sequence[Path]) -> int:
 
 def _expand(entry: Path) -> list[Path]:
     if entry.is_dir():
-        files = sorted(p for folder in _folders_below(entry, hidden=False) for p in folder.iterdir())
+        files = sorted(p for folder in _folders_below([entry], hidden=False) for p in folder.iterdir())
         found = [p for p in files if p.is_file() and _is_data(p.relative_to(entry))]
         if not found:
             raise InputError(f"{entry} is a folder without a file named {', '.join(_SUFFIXES)} (or with .gz, .zst)")
@@ -119,12 +119,11 @@ def _matches(root: Path, parts: Sequence[str]) -> set[Path]:
         return set(root.glob("/".join(parts))) if parts else {root}
     at = parts.index("**")
     starts = [start for start in _matches(root, parts[:at]) if start.is_dir()]
-    folders = {folder for start in starts for folder in _folders_below(start, hidden=True)}
-    return {path for folder in folders for path in _matches(folder, parts[at + 1 :])}
+    return {path for folder in _folders_below(starts, hidden=True) for path in _matches(folder, parts[at + 1 :])}
 
 
-def _folders_below(root: Path, *, hidden: bool) -> list[Path]:
-    """Return `root` and all folders below it, links followed, each real folder once: under a name without links if any.
+def _folders_below(roots: Sequence[Path], *, hidden: bool) -> set[Path]:
+    """Return the roots and all folders below them; behind links only those that are not reached without them.
 
     Raises:
         InputError: a folder cannot be read.
@@ -133,14 +132,15 @@ def _folders_below(root: Path, *, hidden: bool) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise InputError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
-    found, seen, starts = [], set(), [root]
-    for start in starts:  # grows by the links, so that they come after all that is there itself
+    found, seen, starts = set(), set(), list(roots)
+    for number, start in enumerate(starts):  # grows by the links, so that they come after all that is there itself
         for place, names, _ in os.walk(start, onerror=refuse):
             real = os.path.realpath(place)
-            names[:] = [] if real in seen else sorted(n for n in names if hidden or not n.startswith("."))
-            if real not in seen:
+            is_wanted = number < len(roots) or real not in seen
+            names[:] = sorted(n for n in names if is_wanted and (hidden or not n.startswith(".")))
+            if is_wanted:
                 seen.add(real)
-                found.append(Path(place))
+                found.add(Path(place))
                 starts += [link for name in names if (link := Path(place, name)).is_symlink()]
     return found
 
