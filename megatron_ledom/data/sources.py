@@ -115,11 +115,15 @@ def _expand(entry: Path) -> list[Path]:
 
 def _matches(root: Path, parts: Sequence[str]) -> set[Path]:
     """Return what a glob of these parts gives below `root`; its `**` follows links, which `Path.glob` does not."""
-    if "**" not in parts:
-        return set(root.glob("/".join(parts))) if parts else {root}
-    at = parts.index("**")
-    starts = [start for start in _matches(root, parts[:at]) if start.is_dir()]
-    return {path for folder in _folders_below(starts, hidden=True) for path in _matches(folder, parts[at + 1 :])}
+    places = {root}
+    while parts:
+        at = parts.index("**") if "**" in parts else len(parts)
+        if at:
+            places = {path for place in places for path in place.glob("/".join(parts[:at]))}
+        if at < len(parts):
+            places = _folders_below(sorted(place for place in places if place.is_dir()), hidden=True)
+        parts = parts[at + 1 :]
+    return places
 
 
 def _folders_below(roots: Sequence[Path], *, hidden: bool) -> set[Path]:

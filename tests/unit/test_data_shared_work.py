@@ -1,4 +1,4 @@
-"""Several processes in one folder of unfinished work: other plans, no locks, failures of one, kills before clearing up."""
+"""Several processes in one folder of unfinished work: other plans, no locks, failures of one, kills."""
 
 from __future__ import annotations
 
@@ -122,7 +122,9 @@ def test_another_command_does_not_take_a_published_dataset_for_its_own(
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(WorkFolder, "remove", killed)
             preprocess(dataclasses.replace(config, overwrite=is_overwritten), tokenizer)
-        with pytest.raises(OutputExistsError, match=r"\(direction differ\), killed while it gave .* command again to end"):
+        with pytest.raises(
+            OutputExistsError, match=r"\(direction differ\), killed while it gave .* command again to end"
+        ):
             preprocess(other, tokenizer)
         with pytest.raises(OutputExistsError, match=r"remove .*x.shards to start over \(--overwrite does not"):
             preprocess(share, tokenizer)
@@ -135,7 +137,8 @@ def test_another_command_does_not_take_a_published_dataset_for_its_own(
         assert not WorkFolder(config.output_prefix).path.exists()
 
 
-# A process joins, on a file system without locks; at one of its changes to the file system another joins from beginning to end.
+# A process joins without locks; at one of its changes to the file system another joins, from beginning
+# to end.
 TWO_JOINERS = """
 import dataclasses, errno, fcntl, os, shutil, sys
 from pathlib import Path
