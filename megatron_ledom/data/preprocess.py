@@ -143,7 +143,8 @@ def preprocess(config: PreprocessConfig, tokenizer: Tokenizer | None = None) -> 
                 _keep_or_remove(work, is_share=config.shard_index is not None)
                 raise
             manifests = done if config.shard_index is None else []
-    _warn_of_eod_in_text(config, manifests)
+    if manifests:  # none of a share
+        _warn_of_eod_in_text(config, manifests)
     return manifests
 
 
