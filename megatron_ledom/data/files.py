@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import os
 import re
 import socket
@@ -20,8 +19,7 @@ from typing import Any, Self
 
 from megatron_ledom.errors import OutputError
 
-_COUNT = itertools.count()
-_TEMPORARY = re.compile(r"\.(?P<host>[^./]+)-(?P<pid>\d+)\.(?:tmp|\d+\.partial)$")
+_TEMPORARY = re.compile(r"\.(?P<host>[^./]+)-(?P<pid>\d+)\.(?:tmp|[0-9a-f]+\.partial)$")
 
 
 def process_mark() -> str:
@@ -58,7 +56,7 @@ class WrittenFile:
 class StagedFile:
     """A file under a temporary name, renamed when it is whole.
 
-    The temporary name, `NAME.HOST-PID.NUMBER.partial`, is this object's alone: two processes that write the same
+    The temporary name, `NAME.HOST-PID.RANDOM.partial`, is this object's alone: two processes that write the same
     output write two files, and whichever is renamed last stands whole. A context manager: what was
     not published is removed on leaving.
 
@@ -72,11 +70,10 @@ class StagedFile:
 
     def __init__(self, path: Path, folder: Path | None = None) -> None:
         self.path = path
-        self.partial = (folder or path.parent) / f"{path.name}.{process_mark()}.{next(_COUNT)}.partial"
+        self.partial = (folder or path.parent) / f"{path.name}.{process_mark()}.{os.urandom(4).hex()}.partial"
         self.num_bytes = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.partial.unlink(missing_ok=True)  # of a dead process that had the same number
             self._file = self.partial.open("xb")
         except OSError as error:
             raise write_refusal(self.path, self.num_bytes, error) from error
