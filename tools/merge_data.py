@@ -24,7 +24,8 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # workers are forked, and only a process of one thread can be
     from megatron_ledom.data.manifest import manifest_path
-    from megatron_ledom.data.merge import dataset_prefixes, merge_shards
+    from megatron_ledom.data.merge import merge_shards
+    from megatron_ledom.data.publishing import dataset_prefixes
     from megatron_ledom.errors import UsageError
 
     if args.workers < 1:

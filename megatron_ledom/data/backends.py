@@ -136,6 +136,7 @@ def choose_backend(tokenizer: Tokenizer, asked: str, corpus_texts: Iterable[str]
                 f"--tokenizer-backend {asked} cannot run {tokenizer.type}; use auto, {FAST} or {tokenizer.library}"
             )
         return ReferenceEncoder(tokenizer)
+    corpus_texts = list(corpus_texts)  # here, so that trouble with the corpus is not taken for the tokenizer's
     why = None
     try:
         fast = FastEncoder(tokenizer)  # loads while the tokenizer still does, where that has a process of its own

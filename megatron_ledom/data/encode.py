@@ -103,10 +103,12 @@ class EncodeTask:
         """Make a shard, unless it is finished or another process makes it.
 
         Raises:
-            InputError: an input cannot be read or a record is bad.
+            InputError: an input cannot be read, a record is bad, or the folder is gone.
             OutputError: the file system takes no more.
+            OutputExistsError: the folder is of another plan now.
         """
         with self.folder.lock(f"{shard:06d}", wait=self.wait) as is_ours:
+            self.folder.check_plan()  # the lock is one by name: it may be that of a folder begun anew
             if not is_ours or (found := self.folder.record(shard)) is not None:
                 report(self.num_bytes // len(self.shards))
                 return Outcome(False, found.bad if is_ours and found is not None else 0, None)
@@ -147,6 +149,7 @@ class _ShardMaker:
         self._task, self._shard = task, shard
         num_slices = len(task.shards[shard])
         self._record = ShardRecord(
+            task.folder.plan_sha256,
             rows=[0] * num_slices,
             bad=0,
             backend=task.encoder.name,
@@ -178,7 +181,9 @@ class _ShardMaker:
                         report(batch.input_bytes)
                 for files, key_record in zip(self._files, self._record.keys, strict=True):
                     key_record.files = {suffix: file.close() for suffix, file in files.items()}
+                task.folder.check_plan()
             except OSError as error:
+                task.folder.check_plan()  # a folder that is gone is no full disk
                 raise write_refusal(task.folder.path, 0, error) from error
             stack.pop_all()
         return self._record

@@ -1,21 +1,48 @@
 """Files that appear whole or not at all: written under a temporary name, hashed on the way, renamed last.
 
-`StagedFile` owns the temporary name, its lock and the renaming; `HashedFile` is written from front to
-back by one process, `write_at` by several at once at places that they know.
+`StagedFile` owns the temporary name and the renaming; `HashedFile` is written from front to
+back by one process, `write_at` by several at once at places that they know. No two processes ever have
+a temporary name in common, so that nothing here depends on a file system that locks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
+import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megatron_ledom.errors import OutputError, OutputExistsError
+from megatron_ledom.errors import OutputError
+
+_TEMPORARY = re.compile(r"\.(?P<host>[^./]+)-(?P<pid>\d+)\.(?:tmp|[0-9a-f]+\.partial)$")
+
+
+def process_mark() -> str:
+    """Return what tells this process from all others that may write beside it, on whatever node."""
+    return f"{_host()}-{os.getpid()}"
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "_")
+
+
+def is_of_dead_process(name: str) -> bool:
+    """Whether a temporary name was given by a process of this node that is no more; of other nodes nothing is known."""
+    found = _TEMPORARY.search(name)
+    if found is None or found["host"] != _host():
+        return False
+    try:
+        os.kill(int(found["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is there, and another user's
+        return False
+    return False
 
 
 @dataclass(frozen=True)
@@ -29,28 +56,27 @@ class WrittenFile:
 class StagedFile:
     """A file under a temporary name, renamed when it is whole.
 
-    The temporary name is `NAME.partial`, locked, so that what a killed run left behind is
-    reused and two runs cannot write the same output. A context manager: what was not
-    published is removed on leaving.
+    The temporary name, `NAME.HOST-PID.RANDOM.partial`, is this object's alone: two processes that write the same
+    output write two files, and whichever is renamed last stands whole. A context manager: what was
+    not published is removed on leaving.
+
+    Args:
+        path: the final name.
+        folder: where the temporary file lies, on the same file system; beside `path` if not given.
 
     Raises:
-        OutputExistsError: another process is writing it.
         OutputError: the file system refuses (no space left, no permission, a size limit).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, folder: Path | None = None) -> None:
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial = (folder or path.parent) / f"{path.name}.{process_mark()}.{os.urandom(4).hex()}.partial"
         self.num_bytes = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.partial.open("ab")
+            self._file = self.partial.open("xb")
         except OSError as error:
             raise write_refusal(self.path, self.num_bytes, error) from error
-        if not self._lock():
-            self._file.close()
-            raise OutputExistsError(f"another process is writing {self.partial}; wait for it or stop it")
-        self._file.truncate(0)
 
     def __enter__(self) -> Self:
         return self
@@ -59,19 +85,6 @@ class StagedFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.discard()
-
-    def _lock(self) -> bool:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # a file system without locks
-            return True
-        # the other process may have published the file after it was opened here
-        try:
-            return os.path.samestat(os.fstat(self._file.fileno()), self.partial.stat())
-        except FileNotFoundError:
-            return False
 
     def reserve(self, num_bytes: int) -> None:
         """Give the file its final size, for `write_at`."""
@@ -109,8 +122,8 @@ class StagedFile:
 class HashedFile(StagedFile):
     """A staged file that one process writes from front to back, and that is hashed while it is written."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, folder: Path | None = None) -> None:
+        super().__init__(path, folder)
         self._hash = hashlib.sha256()
 
     def write(self, data: Any) -> None:

@@ -122,9 +122,9 @@ def manifest_path(prefix: str | Path) -> Path:
 
 
 def dump_manifest(manifest: Manifest) -> str:
-    """Return the manifest as JSON text, its own hash in the last field."""
+    """Return the manifest as JSON text, its own hash in the last field; ASCII, as a path need not be UTF-8."""
     fields = _fields(manifest)
-    return json.dumps(fields | {"manifest_sha256": self_hash(fields)}, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(fields | {"manifest_sha256": self_hash(fields)}, indent=2) + "\n"
 
 
 def manifest_hash(manifest: Manifest) -> str:
@@ -154,13 +154,18 @@ def has_right_hash(prefix: str | Path) -> bool:
     return fields.get("manifest_sha256") == self_hash(fields)
 
 
-def stage_manifest(manifest: Manifest, prefix: str | Path) -> HashedFile:
+def stage_manifest(manifest: Manifest, prefix: str | Path, folder: Path | None = None) -> HashedFile:
     """Write the manifest under its temporary name; `publish` of what is returned puts it beside its dataset.
+
+    Args:
+        manifest: what the dataset is.
+        prefix: of the dataset.
+        folder: as for `StagedFile`.
 
     Raises:
         UsageError: it cannot be written.
     """
-    file = HashedFile(manifest_path(prefix))
+    file = HashedFile(manifest_path(prefix), folder)
     try:
         file.write(dump_manifest(manifest).encode("utf-8"))
         file.close()

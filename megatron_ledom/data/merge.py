@@ -3,6 +3,9 @@
 Every shard's place in the final files follows from the sizes in the records of those before it, so
 workers copy shards to their places in any order, comparing each with its hash on the way, while others
 hash the whole files by reading the shards in order. Only what was skipped is written in one piece.
+
+Where the file system has no locks several processes may join at once. Each writes under names of its own, and all
+write the same bytes, the manifest included, so that it does not matter in which order their renames mix.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,15 +35,21 @@ from megatron_ledom.data.manifest import (
     PairRecord,
     SourceRecord,
     TokenizerRecord,
-    load_manifest,
     manifest_hash,
-    manifest_path,
     stage_manifest,
+)
+from megatron_ledom.data.publishing import (
+    SUFFIXES,
+    check_not_there,
+    dataset_prefixes,
+    finish_publishing,
+    joined_meanwhile,
+    standing_manifests,
 )
 from megatron_ledom.data.shards import KeyRecord, ShardRecord, WorkFolder
 from megatron_ledom.data.workers import Report, run_parallel
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import InputError, OutputExistsError
+from megatron_ledom.errors import InputError
 from megatron_ledom.files import hash_file
 from megatron_ledom.log import Progress
 
@@ -51,34 +60,16 @@ _PARTS = {
     "sent": "sentences",
     "pair": "pairs",
 }  # files of a shard that are joined as they are
-_SUFFIXES = (".bin", ".idx", ".crc32", ".skipped.jsonl", ".sentences", ".pairs", ".punkt.json", ".manifest.json")
 
 
-def dataset_prefixes(output_prefix: str, json_keys: Sequence[str]) -> list[str]:
-    """The datasets of a run, in the order of the keys; Megatron's names."""
-    return [f"{output_prefix}_{key}_document" for key in json_keys]
-
-
-def check_not_there(prefixes: Sequence[str]) -> None:
-    """Raise OutputExistsError where a file of one of the datasets is there."""
-    existing = [path for prefix in prefixes for s in _SUFFIXES if Path(path := f"{prefix}{s}").exists()]
-    if existing:
-        raise OutputExistsError(f"{existing[0]} exists; choose another --output-prefix or pass --overwrite")
-
-
-def finish_publishing(work: WorkFolder, prefixes: Sequence[str]) -> list[Manifest] | None:
-    """Return the manifests, and clear up, where a killed run had published everything; None elsewhere."""
-    work.sweep()
-    if not work.is_publishing or not all(manifest_path(prefix).exists() for prefix in prefixes):
-        return None
-    manifests = [load_manifest(prefix) for prefix in prefixes]
-    if [manifest_hash(manifest) for manifest in manifests] != work.publishing_hashes():
-        return None  # those of an older dataset, which was to be replaced
-    work.remove()
-    return manifests
-
-
-def merge_shards(output_prefix: str, *, workers: int, overwrite: bool, trusted: Collection[int] = ()) -> list[Manifest]:
+def merge_shards(
+    output_prefix: str,
+    *,
+    workers: int,
+    overwrite: bool,
+    trusted: Collection[int] = (),
+    work: WorkFolder | None = None,
+) -> list[Manifest]:
     """Join the finished shards in `PREFIX.shards/`, publish the datasets and remove the folder.
 
     Args:
@@ -86,6 +77,7 @@ def merge_shards(output_prefix: str, *, workers: int, overwrite: bool, trusted: 
         workers: processes that copy and hash.
         overwrite: replace datasets of the same name.
         trusted: shards that this run has just made, so that they need not be compared with their hashes.
+        work: the folder of this run, whose plan alone may be joined; None joins whatever plan is there.
 
     Returns:
         The manifests, in the order of the keys.
@@ -94,22 +86,39 @@ def merge_shards(output_prefix: str, *, workers: int, overwrite: bool, trusted: 
         InputError: there is no such folder, a shard is unfinished or damaged, too many records
             are bad, or a key has no text at all.
         OutputError: the file system takes no more.
-        OutputExistsError: a dataset of that name is there, or another process is joining.
+        OutputExistsError: a dataset of that name is there, or the folder is of another plan now.
     """
-    work = WorkFolder(output_prefix)
-    plan = work.plan()
-    if plan is None:
-        raise InputError(f"{work.path} is not there: nothing to join. Has preprocess_data.py run with this prefix?")
-    prefixes = dataset_prefixes(output_prefix, plan["json_keys"])
-    with work.lock("merge", wait=True) as is_there:
-        done = finish_publishing(work, prefixes)
+    if work is None:
+        work = WorkFolder(output_prefix)
+        plan = work.plan()
+        if plan is None:
+            raise InputError(f"{work.path} is not there: nothing to join. Has preprocess_data.py run with this prefix?")
+        work.adopt(plan)
+    prefixes = dataset_prefixes(output_prefix, work.adopted["json_keys"])
+    before = standing_manifests(prefixes)
+    try:
+        with work.lock("merge", wait=True):
+            work.check_plan()
+            work.sweep_partials()
+            done = finish_publishing(work, prefixes)
+            if done is not None:
+                return done
+            if not overwrite and not work.is_publishing:
+                check_not_there(prefixes)
+            return _Merge(work, work.adopted, prefixes, workers, trusted).run()
+    except _EmptyCorpusError:
+        work.remove()
+        raise
+    except Exception:  # whatever a process meets from under which the folder is taken
+        done = joined_meanwhile(work, prefixes, before)
         if done is not None:
             return done
-        if not is_there:  # another process has joined them while this one waited
-            return [load_manifest(prefix) for prefix in prefixes]
-        if not overwrite and not work.is_publishing:
-            check_not_there(prefixes)
-        return _Merge(work, plan, prefixes, workers, trusted).run()
+        work.check_plan()
+        raise
+
+
+class _EmptyCorpusError(InputError):
+    """Of a plan that will never give a dataset, so that its folder is of no use."""
 
 
 @dataclass(frozen=True)
@@ -281,14 +290,13 @@ class _Merge:
                     hashes[key, "punkt.json"] = self._write_punkt(stack, staged, key, prefix)
                 manifests.append(self._describe(key, rows, {s: f for (k, s), f in hashes.items() if k == key}))
             staged_manifests = [
-                stack.enter_context(stage_manifest(manifest, prefix))
+                stack.enter_context(stage_manifest(manifest, prefix, self._work.path))
                 for prefix, manifest in zip(self._prefixes, manifests, strict=True)
             ]
+            self._work.check_plan()
             self._work.mark_publishing([manifest_hash(manifest) for manifest in manifests])
             for key, manifest_file in enumerate(staged_manifests):
-                for suffix in (".manifest.json", *_SUFFIXES):  # new data never stands beside an old manifest
-                    if suffix == ".manifest.json" or (key, suffix[1:]) not in staged:
-                        Path(f"{self._prefixes[key]}{suffix}").unlink(missing_ok=True)
+                self._clear_away(key, staged, manifest_file)
                 for (owner, _), file in staged.items():
                     if owner == key:
                         file.publish()
@@ -296,6 +304,23 @@ class _Merge:
             progress.close()
         self._work.remove()
         return manifests
+
+    def _clear_away(self, key: int, staged: Collection[tuple[int, str]], manifest_file: StagedFile) -> None:
+        """Remove the manifest of an older dataset, so that new data never stands beside it, and what the new one lacks.
+
+        One that is the new manifest already is another joiner's, and stays: its files may all stand.
+        """
+        old = manifest_file.path
+        if old.is_file():
+            taken = self._work.temporary(self._work.path / "old")
+            old.replace(taken)  # looked at when no other joiner can replace it any more
+            if taken.read_bytes() == manifest_file.partial.read_bytes():
+                taken.replace(old)
+                return
+            taken.unlink()
+        for suffix in SUFFIXES:
+            if suffix != ".manifest.json" and (key, suffix[1:]) not in staged:
+                Path(f"{self._prefixes[key]}{suffix}").unlink(missing_ok=True)
 
     def _check_counts(self) -> None:
         bad = sum(record.bad for record in self._records)
@@ -313,8 +338,7 @@ class _Merge:
         for key, name in enumerate(self._plan["json_keys"]):
             if not sum(sum(record.keys[key].documents) for record in self._records):
                 inputs = ", ".join(self._plan["inputs"])
-                self._work.remove()
-                raise InputError(f"the corpus is empty: no text under the key {name!r} in {inputs}")
+                raise _EmptyCorpusError(f"the corpus is empty: no text under the key {name!r} in {inputs}")
 
     def _stage(self, stack: ExitStack) -> dict[tuple[int, str], StagedFile]:
         """Make the final files under their temporary names, at their final sizes."""
@@ -323,11 +347,11 @@ class _Merge:
             keys = [record.keys[key] for record in self._records]
             for suffix in keys[0].files:
                 if suffix in _PARTS:
-                    file = stack.enter_context(StagedFile(Path(f"{prefix}.{_PARTS[suffix]}")))
+                    file = stack.enter_context(StagedFile(Path(f"{prefix}.{_PARTS[suffix]}"), self._work.path))
                     file.reserve(sum(k.files[suffix].bytes for k in keys))
                     staged[key, _PARTS[suffix]] = file
             count = sum(sum(k.documents) for k in keys)
-            file = stack.enter_context(StagedFile(Path(f"{prefix}.idx")))
+            file = stack.enter_context(StagedFile(Path(f"{prefix}.idx"), self._work.path))
             file.reserve(index_bytes(count))
             with file.partial.open("r+b", buffering=0) as raw:
                 write_index_header(raw.fileno(), self._dtype, count)
@@ -380,7 +404,7 @@ class _Merge:
         self, stack: ExitStack, staged: dict[tuple[int, str], StagedFile], key: int
     ) -> tuple[WrittenFile, list[int]]:
         """Write the list of what became no document; rows are counted from the beginning of each source now."""
-        file = stack.enter_context(HashedFile(Path(f"{self._prefixes[key]}.skipped.jsonl")))
+        file = stack.enter_context(HashedFile(Path(f"{self._prefixes[key]}.skipped.jsonl"), self._work.path))
         staged[key, "skipped.jsonl"] = file
         rows = [0] * len(self._plan["sources"])
         for shard, record in enumerate(self._records):
@@ -407,7 +431,7 @@ class _Merge:
     def _write_punkt(
         self, stack: ExitStack, staged: dict[tuple[int, str], StagedFile], key: int, prefix: str
     ) -> WrittenFile:
-        file = stack.enter_context(HashedFile(Path(f"{prefix}.punkt.json")))
+        file = stack.enter_context(HashedFile(Path(f"{prefix}.punkt.json"), self._work.path))
         staged[key, "punkt.json"] = file
         file.write(self._plan["punkt"].encode("utf-8"))
         return file.close()
@@ -419,6 +443,7 @@ class _Merge:
             for (source, _, _), count in zip(parts, found.documents, strict=True):
                 documents[source] += count
         backends = sorted({record.backend for record in self._records})
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return Manifest(
             direction=Direction(plan["direction"]),
             append_eod=plan["append_eod"],
@@ -439,7 +464,7 @@ class _Merge:
                 for s, count, num_rows in zip(plan["sources"], documents, rows, strict=True)
             ],
             json_key=plan["json_keys"][key],
-            created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            created_utc=self._work.created_utc(now),
             megatron_ledom_version=__version__,
             reverse_unit=plan["reverse_unit"],
             pairs=None if plan.get("pairs") is None else PairRecord(**plan["pairs"]),

@@ -20,8 +20,15 @@ from megatron_ledom.data.backends import BACKENDS, choose_backend
 from megatron_ledom.data.encode import EncodeTask
 from megatron_ledom.data.indexed import optimal_dtype
 from megatron_ledom.data.manifest import PARTS, REVERSE_UNITS, Manifest, PairRecord
-from megatron_ledom.data.merge import check_not_there, dataset_prefixes, finish_publishing, merge_shards
+from megatron_ledom.data.merge import merge_shards
 from megatron_ledom.data.pairs import SIDECAR
+from megatron_ledom.data.publishing import (
+    check_not_there,
+    dataset_prefixes,
+    finish_publishing,
+    joined_meanwhile,
+    standing_manifests,
+)
 from megatron_ledom.data.sentences import SAMPLE_BYTES, SentenceSplitter, load_splitter, train_splitter
 from megatron_ledom.data.shards import WorkFolder
 from megatron_ledom.data.sources import TEXT_UNITS, Slice, Source, cut_sources, find_sources, read_slice
@@ -29,7 +36,7 @@ from megatron_ledom.data.tokenizer_process import load_aside
 from megatron_ledom.data.tokenizers import Tokenizer
 from megatron_ledom.data.workers import run_parallel
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import InputError, UsageError
+from megatron_ledom.errors import InputError, LedomError, UsageError
 from megatron_ledom.log import Progress, get_logger
 
 MIN_SHARD_BYTES, MAX_SHARD_BYTES, NUM_SHARDS = 4 << 20, 256 << 20, 512
@@ -119,9 +126,8 @@ def preprocess(config: PreprocessConfig, tokenizer: Tokenizer | None = None) -> 
     check_config(config)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker is one core
     work = WorkFolder(config.output_prefix)
-    done = finish_publishing(work, config.prefixes)
-    if done is not None:
-        return done
+    work.sweep()
+    before = standing_manifests(config.prefixes)
     if not config.overwrite and not work.is_publishing:
         check_not_there(config.prefixes)
     with contextlib.ExitStack() as stack:
@@ -130,19 +136,34 @@ def preprocess(config: PreprocessConfig, tokenizer: Tokenizer | None = None) -> 
             tokenizer = stack.enter_context(load_aside(*named))
         task = _task(config, work, tokenizer)
         try:
-            made = _make_shards(config, task)
-        except BaseException:
-            _keep_or_remove(work, len(task.shards))
-            raise
-    if config.shard_index is not None:
-        return []
-    try:
-        manifests = merge_shards(config.output_prefix, workers=config.workers, overwrite=config.overwrite, trusted=made)
-    except BaseException:
-        _keep_or_remove(work, len(task.shards))
-        raise
-    _warn_of_eod_in_text(config, manifests)
+            manifests = _make_and_join(config, task)
+        except BaseException as error:
+            done = joined_meanwhile(work, config.prefixes, before) if isinstance(error, Exception) else None
+            if done is None:
+                _keep_or_remove(work, is_share=config.shard_index is not None)
+                raise
+            manifests = done if config.shard_index is None else []
+    if manifests:  # none of a share
+        _warn_of_eod_in_text(config, manifests)
     return manifests
+
+
+def _make_and_join(config: PreprocessConfig, task: EncodeTask) -> list[Manifest]:
+    """Make the shards, and join them where this run does not make a share alone."""
+    done = finish_publishing(task.folder, config.prefixes)  # by a run of the same plan, or it had been refused
+    if done is not None:
+        return done
+    made = _make_shards(config, task)
+    if config.shard_index is not None:
+        task.folder.check_plan()
+        return []
+    return merge_shards(
+        config.output_prefix,
+        workers=config.workers,
+        overwrite=config.overwrite,
+        trusted=made,
+        work=task.folder,
+    )
 
 
 def _task(config: PreprocessConfig, work: WorkFolder, tokenizer: Tokenizer) -> EncodeTask:
@@ -150,12 +171,14 @@ def _task(config: PreprocessConfig, work: WorkFolder, tokenizer: Tokenizer) -> E
     sources = find_sources(config.inputs)
     shard_bytes = _shard_bytes(config, sources)
     shards = cut_sources(sources, shard_bytes, config.text_unit)
+    if not shards:
+        raise InputError(f"the corpus is empty: {', '.join(map(str, config.inputs))} hold parquet files without a row")
     splitter = _splitter(config, work, sources, shards)
     if splitter is not None:  # every worker asks the tokenizer itself where tokens start
         tokenizer = tokenizer.here()
     encoder = choose_backend(tokenizer, config.tokenizer_backend, _sample(config, sources, shards))
     plan = _plan(config, sources, shards, shard_bytes, tokenizer, splitter)
-    work.open(plan, start_over=config.overwrite and config.shard_index is None)
+    work.open(plan, start_over=config.overwrite, is_share=config.shard_index is not None)
     return EncodeTask(
         sources=sources,
         shards=shards,
@@ -331,18 +354,22 @@ def _make_shards(config: PreprocessConfig, task: EncodeTask) -> set[int]:
     return made
 
 
-def _keep_or_remove(work: WorkFolder, num_shards: int) -> None:
-    """Say what a failed run leaves, if anything."""
+def _keep_or_remove(work: WorkFolder, *, is_share: bool) -> None:
+    """Say what a failed run leaves, if anything; an empty folder goes, unless others may be at work in it."""
+    try:
+        work.check_plan()
+    except LedomError:  # it is gone, or another command's now
+        return
     finished = work.num_finished()
-    if not finished:
+    if not finished and not is_share and not work.is_shared():
         work.remove()
-    elif work.path.is_dir():
-        get_logger(__name__).warning(
-            "%d of %d shards are finished and stay in %s; the same command goes on from there",
-            finished,
-            num_shards,
-            work.path,
-        )
+        return
+    get_logger(__name__).warning(
+        "%d of %d shards are finished and stay in %s; the same command goes on from there",
+        finished,
+        len(work.adopted["shards"]),
+        work.path,
+    )
 
 
 def _warn_of_eod_in_text(config: PreprocessConfig, manifests: Sequence[Manifest]) -> None:

@@ -76,6 +76,8 @@ def parse_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
         raise BadRecord(f"bad JSON at column {error.colno}: {error.msg}; every line must be one JSON object") from None
     except RecursionError:
         raise BadRecord("bad JSON: nested too deeply") from None
+    except ValueError as error:  # an integer of more than `sys.get_int_max_str_digits()` digits
+        raise BadRecord(f"JSON that cannot be read: {str(error).partition(';')[0]}; mend or drop the line") from None
     return fields_of(record, keys)
 
 

@@ -5,11 +5,15 @@
         000007.lock             held by the process that makes shard 7
         000007.0.bin .len .crc .skip (.sent)     shard 7 of the first key
         000007.json             its sizes, hashes and counts; gets its name last: the shard is finished
+        *.HOST-PID.*.partial    the final files while they are joined
+        created                 the time that the manifests name: that of the first process that joined
         publishing              the final files are being given their names; holds the hashes of their manifests
 
 Every name is given by a rename, so that a kill at any moment leaves a shard either finished or not begun.
-Several processes and nodes may share the folder. Shards are not forced to disk: the hashes in
-their records are compared when they are joined, and one that a power failure has emptied is made again.
+Several processes and nodes may share the folder. A record names the plan that it was made for, and a process that
+finds another plan in its folder stops: `--overwrite` may start over while workers of the earlier command live.
+Shards are not forced to disk: the hashes in their records are compared when they are joined, and one that a power
+failure has emptied is made again.
 """
 
 from __future__ import annotations
@@ -20,14 +24,13 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ledom.data.files import WrittenFile, write_refusal
+from megatron_ledom.data.files import WrittenFile, is_of_dead_process, process_mark, write_refusal
 from megatron_ledom.errors import InputError, OutputError, OutputExistsError
 
 CHANGEABLE = {"max_bad_records"}  # parts of a plan that change no finished shard
@@ -47,8 +50,9 @@ class KeyRecord:
 
 @dataclass
 class ShardRecord:
-    """A finished shard: rows per slice, bad records passed over, the library that tokenised, and its keys."""
+    """A finished shard: the plan, rows per slice, bad records passed over, the library that tokenised, its keys."""
 
+    plan_sha256: str
     rows: list[int]
     bad: int
     backend: str
@@ -56,52 +60,125 @@ class ShardRecord:
 
     @classmethod
     def from_json(cls, text: str) -> ShardRecord:
-        """Read what `WorkFolder.finish` wrote."""
+        """Read what `WorkFolder.finish` wrote; KeyError for a record of a version that named no plan."""
         value = json.loads(text)
         keys = [
             KeyRecord(**{**k, "files": {s: WrittenFile(**f) for s, f in k["files"].items()}}) for k in value["keys"]
         ]
-        return cls(rows=value["rows"], bad=value["bad"], backend=value["backend"], keys=keys)
+        return cls(value["plan_sha256"], rows=value["rows"], bad=value["bad"], backend=value["backend"], keys=keys)
+
+
+def plan_hash(plan: dict[str, Any]) -> str:
+    """Return the SHA-256 of what decides the bytes of a plan's shards."""
+    kept = {name: value for name, value in plan.items() if name not in CHANGEABLE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode("ascii")).hexdigest()
 
 
 class WorkFolder:
-    """`PREFIX.shards/`."""
+    """`PREFIX.shards/`.
+
+    Attributes:
+        path: the folder.
+        adopted: the plan that this process works on, once `open` or `adopt` was called.
+        plan_sha256: its hash.
+    """
 
     def __init__(self, prefix: str) -> None:
         self.path = Path(f"{prefix}.shards")
+        self.adopted: dict[str, Any] = {}
+        self.plan_sha256 = ""
+        self._seen: tuple[int, ...] | None = None
 
-    def open(self, plan: dict[str, Any], *, start_over: bool) -> None:
+    def adopt(self, plan: dict[str, Any]) -> None:
+        """Work on this plan from now on."""
+        self.adopted, self.plan_sha256, self._seen = plan, plan_hash(plan), None
+
+    def check_plan(self) -> None:
+        """Assure that the folder is there and still of the plan that this process works on.
+
+        Raises:
+            InputError: it is gone.
+            OutputExistsError: it is of another plan now.
+        """
+        try:
+            stat = (self.path / "plan.json").stat()
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.path} vanished while this process worked in it: another process that shared it has failed or "
+                "finished, or somebody removed it. See what the others say, then give the command again"
+            ) from None
+        seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        if seen == self._seen:  # a plan of many files takes a while to read
+            return
+        found = self.plan()
+        if found is None or plan_hash(found) != self.plan_sha256:
+            raise OutputExistsError(
+                f"{self.path} was begun anew for another command while this one worked in it; nothing of this one goes "
+                "there any more. Stop the one that is not wanted, or give each its own --output-prefix"
+            )
+        self._seen = seen
+
+    def open(self, plan: dict[str, Any], *, start_over: bool, is_share: bool = False) -> None:
         """Make the folder for `plan`, or go on in one that was made for the same plan.
+
+        Args:
+            plan: what is to be made.
+            start_over: remove what was made for another plan.
+            is_share: this process does a share of the work, and others the other shares: it never starts over.
 
         Raises:
             OutputExistsError: it was made for another plan, and `start_over` is not set.
             OutputError: it cannot be made.
         """
+        self.adopt(plan)
         text = json.dumps(plan, indent=1)
         found, asked = self.plan(), json.loads(text)
         differing = [] if found is None else [name for name in asked if found.get(name) != asked[name]]
         if differing and set(differing) <= CHANGEABLE:
             self._replace_plan(text)
         elif differing:
-            if not start_over:
-                raise OutputExistsError(
-                    f"{self.path} holds unfinished work of another command ({', '.join(differing)} differ). Give that "
-                    "command again to go on, pass --overwrite to start over, or choose another --output-prefix"
-                )
+            if is_share or not start_over:
+                raise self._refusal(differing, is_share)
             self.remove()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            temporary = self.path / f"plan.{_process_mark()}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            with contextlib.suppress(FileExistsError):  # another process was first
-                os.link(temporary, self.path / "plan.json")
-            temporary.unlink()
+            self._write_first("plan.json", text)
         except OSError as error:
             if not (self.path / "plan.json").exists():
                 shutil.rmtree(self.path, ignore_errors=True)
             raise OutputError(f"cannot write {self.path}: {error.strerror}; choose another --output-prefix") from error
         if self.plan() != asked:
             raise OutputExistsError(f"{self.path} was made for another command at this moment; see its plan.json")
+
+    def _refusal(self, differing: list[str], is_share: bool) -> OutputExistsError:
+        start_over = "pass --overwrite to start over"
+        if is_share:
+            start_over = (
+                f"remove {self.path} to start over (--overwrite does not, as other shares may be at work there)"
+            )
+        done = ""
+        if self.is_publishing:
+            done = ", killed while it gave the finished datasets their names, or just after"
+        return OutputExistsError(
+            f"{self.path} holds unfinished work of another command ({', '.join(differing)} differ){done}. Give that "
+            f"command again to {'end it' if done else 'go on'}, {start_over}, or choose another --output-prefix"
+        )
+
+    def _write_first(self, name: str, text: str) -> None:
+        """Write a file of the folder unless another process was first."""
+        temporary = self.temporary(self.path / name)
+        temporary.write_text(text, encoding="utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, self.path / name)
+        temporary.unlink()
+
+    def created_utc(self, now: str) -> str:
+        """Return the time that the manifests name, `now` where no process has joined before.
+
+        Without it two processes that join at once would write manifests that differ.
+        """
+        self._write_first("created", now)
+        return (self.path / "created").read_text(encoding="utf-8") or now  # a power failure may empty it
 
     def _replace_plan(self, text: str) -> None:
         path = self.path / "plan.json"
@@ -132,7 +209,7 @@ class WorkFolder:
             except BlockingIOError:
                 yield False
                 return
-            except OSError:  # a file system without locks: two may do one shard, and give the same bytes
+            except OSError:  # a file system without locks: two may do the same, each under names of its own
                 pass
             yield (self.path / "plan.json").exists()
 
@@ -142,7 +219,7 @@ class WorkFolder:
 
     def temporary(self, path: Path) -> Path:
         """Return a name that is this process's alone."""
-        return path.with_name(f"{path.name}.{_process_mark()}.tmp")
+        return path.with_name(f"{path.name}.{process_mark()}.tmp")
 
     def finish(self, shard: int, record: ShardRecord) -> None:
         """Give the files of a shard their names, and its record last."""
@@ -154,24 +231,46 @@ class WorkFolder:
             self.temporary(path).write_text(json.dumps(asdict(record)), encoding="utf-8")
             self.temporary(path).replace(path)
         except OSError as error:
+            self.check_plan()
             raise write_refusal(path, 0, error) from error
 
     def record(self, shard: int) -> ShardRecord | None:
-        """Return the record of a finished shard; None where it is not finished, or its record was cut off."""
+        """Return the record of a finished shard; None where there is none, or it was cut off or is of another plan."""
         try:
-            return ShardRecord.from_json((self.path / f"{shard:06d}.json").read_text(encoding="utf-8"))
+            record = ShardRecord.from_json((self.path / f"{shard:06d}.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
             return None
+        return record if record.plan_sha256 == self.plan_sha256 else None
 
     def is_finished(self, shard: int) -> bool:
         """Whether the shard needs no work."""
         return self.record(shard) is not None
 
     def num_finished(self) -> int:
-        """Count the records."""
-        return sum(1 for _ in self.path.glob("[0-9]*.json")) if self.path.is_dir() else 0
+        """Count the finished shards."""
+        return sum(map(self.is_finished, range(len(self.adopted["shards"]))))
+
+    def is_shared(self) -> bool:
+        """Whether another process is seen at work: it holds the lock of a shard, or has a temporary file.
+
+        Only true is certain; the latter shows other nodes where the file system has no locks.
+        """
+        for shard in range(len(self.adopted["shards"])):
+            if (self.path / f"{shard:06d}.lock").exists():
+                with self.lock(f"{shard:06d}", wait=False) as is_free:
+                    if not is_free:
+                        return True
+        ours = f".{process_mark()}."
+        names = [p.name for pattern in ("*.tmp", "*.partial") for p in self.path.glob(pattern)]
+        return any(ours not in name and not is_of_dead_process(name) for name in names)
+
+    def sweep_partials(self) -> None:
+        """Remove the final files that processes of this node left half written when they were killed."""
+        for path in self.path.glob("*.partial"):
+            if is_of_dead_process(path.name):
+                path.unlink(missing_ok=True)
 
     def forget(self, shard: int) -> None:
         """Let a shard be made again."""
@@ -206,10 +305,6 @@ class WorkFolder:
     @property
     def _removed(self) -> Path:
         return self.path.with_name(f"{self.path.name}.removed")
-
-
-def _process_mark() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 class Part:

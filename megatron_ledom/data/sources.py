@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ class Document:
 def find_sources(inputs: Sequence[Path]) -> list[Source]:
     """Return the files that `inputs` name, in order; folders and globs give their files sorted by path.
 
-    A folder is searched to any depth for files of a known suffix; hidden ones are passed over.
+    A folder is searched to any depth for files of a known suffix; hidden ones are passed over. Links to folders are
+    followed, here and by `**`; a folder that is reached twice, as in a loop of links, is searched once.
 
     Raises:
         InputError: something is not there or cannot be read, a folder holds no such file, or all is empty.
@@ -97,17 +99,54 @@ def check_inputs(paths: Sequence[Path]) -> int:
 
 def _expand(entry: Path) -> list[Path]:
     if entry.is_dir():
-        found = [p for p in sorted(entry.rglob("*")) if p.is_file() and _is_data(p.relative_to(entry))]
+        files = sorted(p for folder in _folders_below([entry], hidden=False) for p in folder.iterdir())
+        found = [p for p in files if p.is_file() and _is_data(p.relative_to(entry))]
         if not found:
             raise InputError(f"{entry} is a folder without a file named {', '.join(_SUFFIXES)} (or with .gz, .zst)")
         return found
     if not entry.exists() and any(c in str(entry) for c in "*?["):
         root = Path(entry.anchor or ".")
-        found = [p for p in sorted(root.glob(str(entry.relative_to(entry.anchor)))) if p.is_file()]
+        found = [p for p in sorted(_matches(root, entry.relative_to(entry.anchor).parts)) if p.is_file()]
         if not found:
             raise InputError(f"no file matches {entry}")
         return found
     return [entry]
+
+
+def _matches(root: Path, parts: Sequence[str]) -> set[Path]:
+    """Return what a glob of these parts gives below `root`; its `**` follows links, which `Path.glob` does not."""
+    places = {root}
+    while parts:
+        at = parts.index("**") if "**" in parts else len(parts)
+        if at:
+            places = {path for place in places for path in place.glob("/".join(parts[:at]))}
+        if at < len(parts):
+            places = _folders_below(sorted(place for place in places if place.is_dir()), hidden=True)
+        parts = parts[at + 1 :]
+    return places
+
+
+def _folders_below(roots: Sequence[Path], *, hidden: bool) -> set[Path]:
+    """Return the roots and all folders below them; behind links only those that are not reached without them.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    found, seen, starts = set(), set(), list(roots)
+    for number, start in enumerate(starts):  # grows by the links, so that they come after all that is there itself
+        for place, names, _ in os.walk(start, onerror=refuse):
+            real = os.path.realpath(place)
+            is_wanted = number < len(roots) or real not in seen
+            names[:] = sorted(n for n in names if is_wanted and (hidden or not n.startswith(".")))
+            if is_wanted:
+                seen.add(real)
+                found.add(Path(place))
+                starts += [link for name in names if (link := Path(place, name)).is_symlink()]
+    return found
 
 
 def _is_data(path: Path) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_ledom.data import indexed
-from megatron_ledom.data.files import HashedFile, StagedFile
+from megatron_ledom.data.files import HashedFile, StagedFile, is_of_dead_process, process_mark
 from megatron_ledom.data.indexed import (
     DTYPE_CODES,
     index_bytes,
@@ -21,7 +23,7 @@ from megatron_ledom.data.indexed import (
     write_index_header,
     write_index_part,
 )
-from megatron_ledom.errors import InputError, OutputError, OutputExistsError
+from megatron_ledom.errors import InputError, OutputError
 from megatron_ledom.files import hash_file
 
 
@@ -97,21 +99,32 @@ def test_a_file_that_is_no_index_is_refused(tmp_path: Path) -> None:
 def test_nothing_is_left_when_a_writer_is_abandoned(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="midway"), HashedFile(tmp_path / "a.bin") as file:
         file.write(np.array([1, 2], dtype=np.int32))
-        assert {p.name for p in tmp_path.iterdir()} == {"a.bin.partial"}
+        assert [p.name for p in tmp_path.iterdir()] == [file.partial.name]
         raise RuntimeError("midway")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_runs_cannot_write_one_output_and_what_a_dead_run_left_is_reused(tmp_path: Path) -> None:
-    (tmp_path / "a.bin.partial").write_bytes(b"left by a killed run")
+def test_two_writers_of_one_output_share_no_file(tmp_path: Path) -> None:
     with HashedFile(tmp_path / "a.bin") as first:
-        first.write(b"new")
-        with pytest.raises(OutputExistsError, match="another process is writing"):
-            HashedFile(tmp_path / "a.bin")
-        assert first.close().bytes == 3
-        first.publish()
+        first.write(b"old")
+        with HashedFile(tmp_path / "a.bin") as second:
+            second.write(b"new")
+            second.sync()
+            assert first.close().bytes == 3
+            first.publish()
+            assert (tmp_path / "a.bin").read_bytes() == b"old"
+            second.publish()
     assert (tmp_path / "a.bin").read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_only_a_dead_process_of_this_node_is_known_to_be_dead() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    alive, dead = process_mark(), process_mark().replace(f"-{os.getpid()}", f"-{process.pid}")
+    assert is_of_dead_process(f"a.b.bin.{dead}.3.partial") and is_of_dead_process(f"000000.0.bin.{dead}.tmp")
+    for name in (f"a.bin.{alive}.3.partial", f"a.bin.other{dead}.3.partial", f"a.bin.{dead}.json", "a.bin.partial"):
+        assert not is_of_dead_process(name)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
