@@ -143,7 +143,7 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
         record_launch(args, argv, facts.datasets, start)
     save = Path(args.save) if args.save else None
     stop = stop or StopRequest()
-    stop.arm(args)
+    stop.arm(args, agreement)
     sources, num_samples = train_sources(args, facts.datasets, args.data_order), num_train_samples(args)
     watch = Watch(args, plan_blend(sources, num_samples, args.seq_length), num_samples, start, started)
     try:
