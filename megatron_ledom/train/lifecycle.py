@@ -138,8 +138,9 @@ def end_of_run(stop: StopRequest, args: argparse.Namespace) -> int:
         args: Megatron's global arguments, after `pretrain()` came back or left by `sys.exit(0)`.
 
     Returns:
-        0, or `STOPPED_STATUS` on rank 0 where a signal, to whichever rank, was why. Rank 0 speaks for all: a launcher ends the other ranks
-        when one comes back with a status, and rank 0, which also writes the checksums, is the last to be done.
+        0, or `STOPPED_STATUS` on rank 0 where a signal, to whichever rank, was why. Rank 0 speaks for all: a launcher
+        ends the other ranks when one comes back with a status, and rank 0, which also writes the checksums, is the last
+        to be done.
     """
     saved = last_saved(args.save)
     at = "nothing was saved" if saved is None else f"step {saved} is saved"

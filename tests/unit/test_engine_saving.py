@@ -1,4 +1,4 @@
-"""Saves in the background and an allocator setting that keeps them from ending; saves themselves: test_checkpoint_commit."""
+"""Saves in the background, and an allocator setting that keeps them from ending."""
 
 from __future__ import annotations
 
