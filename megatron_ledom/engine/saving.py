@@ -74,8 +74,8 @@ def background_save_risk(device: str, is_async: bool, environment: Mapping[str, 
         return None
     return (
         f"{found[0]}={environment[found[0]]} with saves in the background: where kernel.yama.ptrace_scope is 1 or "
-        "more, or a container forbids pidfd_getfd, the first save never ends and every rank waits for it. Unset it, or give "
-        "--no-async-save"
+        "more, or a container forbids pidfd_getfd, the first save never ends and every rank waits for it. Unset it, or "
+        "give --no-async-save"
     )
 
 
