@@ -135,7 +135,6 @@ stop.watch()
 stop.arm(args, agreement)
 stop.leave_startup(args)
 print("ready", flush=True)
-sys.stdin.readline()
 while args.rank == 1 and args.exit_duration_in_mins > 1:
     time.sleep(0.01)
 agreement.post(f"done/{args.rank}", "")  # as the ranks compare their clocks
@@ -155,7 +154,6 @@ def test_a_signal_to_another_rank_alone_is_told_by_rank_0(tmp_path: Path) -> Non
     ranks = [
         subprocess.Popen(
             [sys.executable, str(tmp_path / "rank.py")],
-            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -163,10 +161,14 @@ def test_a_signal_to_another_rank_alone_is_told_by_rank_0(tmp_path: Path) -> Non
         )
         for rank in (0, 1)
     ]
-    for rank in ranks:
-        assert rank.stdout and rank.stdout.readline() == "ready\n", rank.communicate()
-    ranks[1].send_signal(signal.SIGUSR1)
-    said = [rank.communicate("go on\n", timeout=120)[1] for rank in ranks]
+    try:
+        for rank in ranks:
+            assert rank.stdout and rank.stdout.readline() == "ready\n"
+        ranks[1].send_signal(signal.SIGUSR1)
+        said = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [STOPPED_STATUS, 0], said
     assert said[0].splitlines()[-1] == (
         "run ended: SIGUSR1 to rank 1; nothing was saved, the same command goes on from there"
