@@ -110,7 +110,17 @@ class Team:
         return items
 
     def behind(self) -> list[Finding]:
-        """Who is silent, or least far while the others wait for it."""
+        """Who is silent, or least far while the others wait for it; after the last exchange nobody but this rank.
+
+        Then the others have returned and are silent because they are done, and what takes long is the look at the
+        run's files, which leaving out a node need not mend: no node is blamed.
+        """
+        if self._stage == STAGES[-1]:
+            text = (
+                f"rank {self.place.rank} on {self.place.node} has not finished its look at the run (data, checkpoint, "
+                "disk, configuration); all ranks were heard. Is the file system slow? --timeout-s gives it longer"
+            )
+            return [Finding("time", Level.BAD, text)]
         if self._signs is None:
             return [Finding("time", Level.BAD, "this process did not finish", self.place.node)]
         before = self._read_signs()

@@ -50,7 +50,8 @@ def add_ledom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         type=Path,
         metavar="RUN",
         help="holds run.json, checkpoints/, tensorboard/ and tokenizer/; a run that has checkpoints there continues. "
-        "Sets --save, --load and --tensorboard-dir, each of which can still be given",
+        "Sets --save, --load and --tensorboard-dir, each of which can still be given; --load OTHER and --finetune "
+        "count until the run has a checkpoint of its own",
     )
     _add_checkpoint_arguments(parser.add_argument_group("megatron_ledom, checkpoints"))
     _add_fault_arguments(parser.add_argument_group("megatron_ledom, faults (docs/bad_numbers.md)"))

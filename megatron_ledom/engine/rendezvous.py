@@ -41,6 +41,19 @@ class Agreement:
         """Wait until somebody has posted `key`, and return it."""
         return self._memory[key] if self._store is None else self._store.get(key).decode()
 
+    def post_first(self, key: str, value: str) -> None:
+        """Say something under a key that several may use: the first one's word stays. It is there when this returns."""
+        if self._store is None:
+            self._memory.setdefault(key, value)
+        else:
+            self._store.compare_set(key, "", value)  # unlike `set`, it waits for the answer
+
+    def find(self, key: str) -> str | None:
+        """What has been posted under `key`, or None; does not wait."""
+        if self._store is None:
+            return self._memory.get(key)
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
 
 def open_store(timeout_s: float) -> Any:
     """Another client of the launch's store."""

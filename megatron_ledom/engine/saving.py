@@ -16,7 +16,7 @@ It decides nothing: `train.saves` does, through `SaveHooks`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +53,30 @@ def install(hooks: SaveHooks) -> None:
     _patches.replace(training, "save_checkpoint", redirect.save(training.save_checkpoint))
     finalize = redirect.finalize(training.maybe_finalize_async_save)
     _patches.replace(training, "maybe_finalize_async_save", finalize)
+
+
+def background_save_risk(device: str, is_async: bool, environment: Mapping[str, str]) -> str | None:
+    """What to warn of where saves in the background may never end; None where nothing speaks against them.
+
+    On CUDA Megatron's persistent worker (`PersistentAsyncCaller`, megatron-core 0.19) gets the tensors through a queue,
+    by CUDA IPC. The worker opens expandable segments of torch's allocator by `pidfd_getfd`; where the kernel refuses
+    that, the worker dies, and the rank waits in `preload_q.join()` for it. Reported as pytorch/pytorch#165685 and
+    NVIDIA/Megatron-LM#4343; nothing of it has run on a GPU of this project.
+
+    Args:
+        device: "cpu" or "cuda".
+        is_async: whether saves go on in the background.
+        environment: of the process.
+    """
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    found = [name for name in names if "expandable_segments:true" in environment.get(name, "").lower().replace(" ", "")]
+    if device != "cuda" or not is_async or not found:
+        return None
+    return (
+        f"{found[0]}={environment[found[0]]} with saves in the background: where kernel.yama.ptrace_scope is 1 or "
+        "more, or a container forbids pidfd_getfd, the first save never ends and every rank waits for it. Unset it, or "
+        "give --no-async-save"
+    )
 
 
 def restore() -> None:

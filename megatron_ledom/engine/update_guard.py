@@ -5,7 +5,9 @@
 `prepare_grads` is where Megatron's mixed-precision optimizers report an overflow, and "overflow" is the answer that
 leaves out an update here: the scheduler does not step, the data goes on, the log counts a skipped iteration. What
 Megatron's checks find on one rank (`validate_result`: a loss, the gradients before they are reduced) is reported to
-the hooks instead of ending that rank. There is no other loop and no other step than Megatron's.
+the hooks instead of ending that rank. So it is within a training step alone: an evaluation updates nothing, what it
+finds is no fault of the next batch, and Megatron's own check speaks there. There is no other loop and no other step
+than Megatron's.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def install(hooks: StepHooks) -> None:
     import megatron.training.training as training
     from megatron.core.rerun_state_machine import RerunStateMachine
 
-    train_step = training.train_step
+    train_step, megatrons_check = training.train_step, RerunStateMachine.validate_result
+    is_in_step = False
 
     def guarded_train_step(
         forward_step_func: Any,
@@ -51,6 +54,7 @@ def install(hooks: StepHooks) -> None:
         *rest: Any,
         **kw: Any,
     ) -> Any:
+        nonlocal is_in_step
         step = kw["iteration"] + 1
         prepare_grads = optimizer.prepare_grads
 
@@ -62,9 +66,11 @@ def install(hooks: StepHooks) -> None:
             return not hooks.may_update(step, float(norm if norm is not None else 0.0))
 
         optimizer.prepare_grads = prepare_and_ask
+        is_in_step = True
         try:
             result = train_step(forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, *rest, **kw)
         finally:
+            is_in_step = False
             del optimizer.prepare_grads  # the class's own is found again
         hooks.after_step(step, lambda save, to: load_in_place(save, to, model, optimizer, opt_param_scheduler))
         return result
@@ -72,7 +78,9 @@ def install(hooks: StepHooks) -> None:
     def validate_result(
         self: Any, result: Any, rejection_func: Callable[[Any], Any], message: str = "", *args: Any, **kwargs: Any
     ) -> None:
-        if bool(rejection_func(result)):
+        if not is_in_step:
+            megatrons_check(self, result, rejection_func, message, *args, **kwargs)
+        elif bool(rejection_func(result)):
             hooks.reject(message)
 
     _patches.replace(training, "train_step", guarded_train_step)

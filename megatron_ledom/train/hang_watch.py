@@ -9,8 +9,10 @@ thread is, read from that thread's own stack. Two ranks read the signs of all.
     2      new    12     all_reduce, ...
 
 Two things count as a hang after `timeout_s`: a rank gives no sign (stopped, swapped out, its node gone), or all
-do, but no rank has got anywhere and some wait in a collective: then those are named that do not. Nothing is patched
-and training is not touched; on NCCL the collective that a stack shows is the one at which the host waits.
+do, but no rank has got anywhere. Where some wait in a collective, those are named that do not. On NCCL the host runs
+ahead and often waits for the device in an `.item()`, which no stack shows as a collective: once the steps have begun,
+ranks are then told apart by where they are, and those that are not where most are come first. Nothing is patched and
+training is not touched.
 """
 
 from __future__ import annotations
@@ -89,11 +91,29 @@ def find_hang(signs: list[Sign], timeout_s: float, now_s: float) -> str | None:
         step, still_s = signs[waiting[0]].step, now_s - max(sign.moved_s for sign in signs)
         if not others:
             return f"all ranks wait in {signs[0].describe()} for {still_s:.0f} s, step {step}"
+        if len({signs[rank].describe() for rank in others}) > 1:
+            return _by_place(signs, still_s, step)
         return (
             f"{_ranks(others)} has been in {signs[others[0]].describe()} for {still_s:.0f} s, step {step}; "
             f"{_ranks(waiting)} waits in {signs[waiting[0]].describe()}"
         )
+    has_begun = all(sign.step for sign in signs)  # before, a long load or compilation looks the same everywhere
+    if has_begun and all(now_s - sign.moved_s > timeout_s for sign in signs):
+        return _by_place(signs, now_s - max(sign.moved_s for sign in signs), max(sign.step for sign in signs))
     return None
+
+
+def _by_place(signs: list[Sign], still_s: float, step: int) -> str:
+    """Which ranks are where, the fewest first."""
+    places: dict[str, list[int]] = {}
+    for rank, sign in enumerate(signs):
+        places.setdefault(sign.describe(), []).append(rank)
+    if len(places) == 1:
+        return f"all ranks have been in {signs[0].describe()} for {still_s:.0f} s, step {step}"
+    (place, first), *rest = sorted(places.items(), key=lambda item: len(item[1]))
+    shown = [*rest[:2], *(rest[-1:] if len(rest) > 2 else [])]  # the fewest, and where most are
+    text = "; ".join(f"{_ranks(ranks)} is in {where}" for where, ranks in shown)
+    return f"{_ranks(first)} has been in {place} for {still_s:.0f} s, step {step}; {text}"
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -12,7 +12,8 @@ Megatron has the last three already, for `--exit-duration-in-mins`: all ranks co
 clocks at the end of a step, after a regular save and within an evaluation. (Its own
 `--exit-signal-handler` looks once a step, before the regular save: after a signal that comes
 during a save it takes another step and saves again, and it sits an evaluation out.) So a
-signal does no more than to shorten that duration to nothing, on whichever rank it arrives.
+signal does no more than to shorten that duration to nothing, on whichever rank it arrives; a rank first leaves word
+of it in the launch's store, where rank 0, whose status counts, finds it at the end.
 
 The signals are blocked, not handled, and a thread waits for them: it hears them while the main
 thread is inside a collective, and the processes that a run starts (loaders, writers of
@@ -29,11 +30,18 @@ import sys
 import threading
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_ledom.log import get_logger
+
+if TYPE_CHECKING:
+    from megatron_ledom.engine.rendezvous import Agreement
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED_STATUS = 75
 """Exit status of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
+_KEY = "stopped"
 _NEVER_MINS = 10**9
 _NOW_MINS = 1e-9
 
@@ -44,6 +52,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: str | None = None
         self._args: argparse.Namespace | None = None
+        self._agreement: Agreement | None = None
         self._lock = threading.Lock()
 
     def watch(self) -> None:
@@ -59,12 +68,14 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
-    def arm(self, args: argparse.Namespace) -> None:
+    def arm(self, args: argparse.Namespace, agreement: Agreement | None = None) -> None:
         """Let every rank compare clocks from the first step on: they must all do it, or none.
 
         Args:
             args: Megatron's global arguments.
+            agreement: between the ranks, through which rank 0 hears of a signal to another one.
         """
+        self._agreement = agreement
         if not args.exit_duration_in_mins:
             args.exit_duration_in_mins = _NEVER_MINS
 
@@ -87,8 +98,23 @@ class StopRequest:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
                 signal.raise_signal(number)  # the status then says which signal it was
                 os._exit(128 + number)  # it is ignored: by nohup, for instance
+            self._leave_word(name)  # before the ranks compare their clocks: then rank 0 finds it after they have
             self._args.exit_duration_in_mins = _NOW_MINS
             say(f"{name}: the run ends, saved, when its step, evaluation or save is over")
+
+    def _leave_word(self, name: str) -> None:
+        if self._agreement is None or self._agreement.rank == 0:
+            return
+        try:
+            self._agreement.post_first(_KEY, f"{name} to rank {self._agreement.rank}")
+        except RuntimeError as error:  # the store's host is gone, and with it the launch: stop all the same
+            get_logger(__name__).warning("warning: %s was heard, but rank 0 could not be told: %s", name, error)
+
+    def heard(self) -> str | None:
+        """The signal that this process received, else on rank 0 the first of another rank, with its number; or None."""
+        if self.received or self._agreement is None or self._agreement.rank != 0:
+            return self.received
+        return self._agreement.find(_KEY)
 
 
 def count_cut_evaluation(args: argparse.Namespace) -> None:
@@ -112,13 +138,15 @@ def end_of_run(stop: StopRequest, args: argparse.Namespace) -> int:
         args: Megatron's global arguments, after `pretrain()` came back or left by `sys.exit(0)`.
 
     Returns:
-        0, or `STOPPED_STATUS` on rank 0 where a signal was why. Rank 0 speaks for all: a launcher ends the other ranks
-        when one comes back with a status, and rank 0, which also writes the checksums, is the last to be done.
+        0, or `STOPPED_STATUS` on rank 0 where a signal, to whichever rank, was why. Rank 0 speaks for all: a launcher
+        ends the other ranks when one comes back with a status, and rank 0, which also writes the checksums, is the last
+        to be done.
     """
     saved = last_saved(args.save)
     at = "nothing was saved" if saved is None else f"step {saved} is saved"
-    if stop.received:
-        say(f"run ended: {stop.received}; {at}, the same command goes on from there")
+    heard = stop.heard()
+    if heard:
+        say(f"run ended: {heard}; {at}, the same command goes on from there")
         return STOPPED_STATUS if args.rank == 0 else 0
     steps = max(int(args.curr_iteration) + 1, int(args.iteration))  # the second, where there was nothing left to do
     if args.train_iters and steps < args.train_iters:

@@ -11,6 +11,7 @@ attention and the positions run the other way; the forward step is still the sam
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from megatron_ledom.engine.arguments import (
 )
 from megatron_ledom.engine.device import resolve_device
 from megatron_ledom.engine.rendezvous import Agreement
+from megatron_ledom.engine.saving import background_save_risk
 from megatron_ledom.engine.watching import watched
 from megatron_ledom.log import get_logger
 from megatron_ledom.train.datasets import (
@@ -143,7 +145,7 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
         record_launch(args, argv, facts.datasets, start)
     save = Path(args.save) if args.save else None
     stop = stop or StopRequest()
-    stop.arm(args)
+    stop.arm(args, agreement)
     sources, num_samples = train_sources(args, facts.datasets, args.data_order), num_train_samples(args)
     watch = Watch(args, plan_blend(sources, num_samples, args.seq_length), num_samples, start, started)
     try:
@@ -199,6 +201,9 @@ def run_pretraining(launch: Launch) -> None:
         get_logger(__name__).warning(
             "Megatron's local layers: without Transformer Engine there is no FP8 and attention may be slow"
         )
+    risk = background_save_risk(args.device, args.async_save and args.save is not None, os.environ)
+    if risk and args.rank == 0:
+        get_logger(__name__).warning("warning: %s", risk)
     get_logger(__name__).info("attention: %s (%s)", plan.kind, plan.reason)
     get_logger(__name__).info("norms, SwiGLU and loss: %s (%s)", layers.kind, layers.reason)
     if layers.is_ours:

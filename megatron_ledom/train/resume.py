@@ -4,6 +4,9 @@ All ranks read a share of its files, rank 0 collects what they found and decides
 says. A damaged checkpoint of the run itself is set aside (`iter_NNNNNNN.damaged`) and the tracker then names the
 one that is taken, so that everything that reads the folder afterwards takes the same. Of another run's folder
 nothing is changed.
+
+`--load OTHER` and `--finetune` say where a run begins. A batch script starts a stopped run again with the same
+command, and then its own checkpoint counts (`prefer_own`): in Megatron the run would begin anew every time.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import argparse
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +23,13 @@ from megatron_ledom.checkpoint import commit
 from megatron_ledom.checkpoint.integrity import LIST_NAME, find_faults, read_checksums
 from megatron_ledom.checkpoint.locate import RELEASE, TRACKER, folder_name, read_tracker
 from megatron_ledom.engine.rendezvous import Agreement
-from megatron_ledom.errors import CheckpointError
+from megatron_ledom.errors import CheckpointError, UsageError
 from megatron_ledom.log import get_logger
 
+_ABOUT_THE_BEGINNING = {
+    "--load": 1, "--ckpt-step": 1, "--finetune": 0, "--no-load-optim": 0, "--no-load-rng": 0,
+}  # fmt: skip
+"""Flags that say how another run's checkpoint is loaded, and the words that follow each."""
 _TRACKER_WAIT_S = 120.0
 """How long a shared file system may show another node the old tracker."""
 
@@ -54,7 +61,14 @@ def settle_checkpoint(argv: Sequence[str], agreement: Agreement) -> Settled:
     token = agreement.read("token")
     if options.data_report_only:  # perhaps of a run that is under way elsewhere
         return Settled(token, list(argv), None)
-    own = options.save or (None if options.run_dir is None else options.run_dir / "checkpoints")
+    own = _own_folder(options)
+    if agreement.rank == 0:
+        preferred, why = prefer_own(argv)
+        if why:
+            get_logger(__name__).info("%s", why)
+        agreement.post("argv", json.dumps(preferred))
+    argv = json.loads(agreement.read("argv"))
+    options = _options(argv)
     load = options.load or own
     is_own = load is not None and own is not None and load.absolute() == own.absolute()
     if agreement.rank == 0 and own is not None and own.is_dir():
@@ -76,12 +90,64 @@ def settle_checkpoint(argv: Sequence[str], agreement: Agreement) -> Settled:
     return Settled(token, [*argv, *([] if named else ["--ckpt-step", str(step)])], load / folder_name(step))
 
 
+def prefer_own(argv: Sequence[str]) -> tuple[list[str], str]:
+    """Where a run that began elsewhere has a checkpoint of its own, let it go on from that; changes no file.
+
+    Args:
+        argv: the command line, the same at every start of the run.
+
+    Returns:
+        The command line to follow, and what was decided, in words; "" where nothing was.
+
+    Raises:
+        UsageError: `--finetune` of the run's own checkpoint: every restart would begin anew.
+    """
+    options = _options(argv)
+    own = _own_folder(options)
+    steps = [] if own is None else commit.candidates(own)
+    has_other = options.load is not None and own is not None and options.load.absolute() != own.absolute()
+    if not steps or not (has_other or options.finetune):
+        return list(argv), ""
+    if not has_other and options.pretrained_checkpoint is None:
+        raise UsageError(
+            f"--finetune: {own} holds checkpoints of this run already (step {steps[0]}), and every restart would begin "
+            f"anew. To go on, drop --finetune; to begin a new run with these weights, give another --run-dir and "
+            f"--pretrained-checkpoint {own}"
+        )
+    other = options.load if has_other else options.pretrained_checkpoint
+    why = (
+        f"this run goes on from its own checkpoint of step {steps[0]} in {own}; {other} is where it began (to begin "
+        "there again, give another --run-dir)"
+    )
+    return [*_without(argv, _ABOUT_THE_BEGINNING), "--load", str(own)], why
+
+
+def _without(argv: Sequence[str], flags: Mapping[str, int]) -> list[str]:
+    """The command line without some flags and the words that belong to each, written `--flag word` or `--flag=word`."""
+    kept, skip = [], 0
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        if skip:
+            skip -= 1
+        elif name in flags:
+            skip = 0 if equals else flags[name]
+        else:
+            kept.append(word)
+    return kept
+
+
+def _own_folder(options: argparse.Namespace) -> Path | None:
+    own: Path | None = options.save or (None if options.run_dir is None else options.run_dir / "checkpoints")
+    return own
+
+
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt-step", type=int)
     parser.add_argument("--no-verify-checkpoint", action="store_false", dest="verify")
     parser.add_argument("--data-report-only", action="store_true")
-    for flag in ("--load", "--save", "--run-dir"):
+    parser.add_argument("--finetune", action="store_true")
+    for flag in ("--load", "--save", "--run-dir", "--pretrained-checkpoint"):
         parser.add_argument(flag, type=Path)
     return parser.parse_known_args(argv)[0]
 

@@ -139,8 +139,8 @@ class Saves:
     def _say_failure(self, step: int, failure: str) -> None:
         assert self._save is not None
         free = shutil.disk_usage(self._save).free if self._save.is_dir() else 0
-        get_logger(__name__).error(
-            "error: no checkpoint of step %d: %s (%s bytes are free there). %s",
+        get_logger(__name__).warning(  # not "error: ", which to a batch script is why the run ended, for good
+            "warning: no checkpoint of step %d: %s (%s bytes are free there). %s",
             step,
             failure,
             f"{free:,}",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -11,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ledom.checkpoint.commit import Keep
+from megatron_ledom.log import get_logger
 from megatron_ledom.testing import REPOSITORY, tool_environment
+from megatron_ledom.train.saves import Saves
 
 FOLDER = REPOSITORY / "examples/slurm"
 SCRIPTS = {
@@ -166,3 +171,45 @@ def test_a_task_learns_its_place_from_slurm(tmp_path: Path) -> None:
         command, capture_output=True, text=True, check=True, env=environment | {"DONE_FILE": f"{tmp_path}/out.{{task}}"}
     )
     assert command_done.stdout == ""
+
+
+def step_that(does: str, tmp_path: Path) -> dict[str, str]:
+    """Variables of a job whose tasks are the bash script `does`; its log is log.txt."""
+    commands = {"srun": does, "scontrol": f"echo JobId=7 StdOut={tmp_path}/log.txt"}
+    for name, text in commands.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
+        (tmp_path / "bin" / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "REQUEUE": "0"}
+    return variables | {"REVERSE_MODEL": "hf", "INPUT": f"{tmp_path}/in.jsonl", "OUTPUT": f"{tmp_path}/out.jsonl"}
+
+
+def test_the_last_question_counts_without_a_newline_behind_it(tmp_path: Path) -> None:
+    copy = f'for part in "{tmp_path}"/out.jsonl.parts-of-*/in.*; do cp "$part" "${{part/in./out.}}"; done'
+    variables = step_that(copy, tmp_path)
+    for count in (2, 3, 4):
+        questions = [f"question {n}" for n in range(count)]
+        (tmp_path / "in.jsonl").write_text("\n".join(questions), encoding="utf-8")
+        done = run("rerank", **variables, SLURM_NTASKS="2")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (tmp_path / "out.jsonl").read_text().splitlines() == questions
+        (tmp_path / "out.jsonl").unlink()
+
+
+def test_a_failed_save_is_not_why_a_later_crash_ended_the_run(tmp_path: Path) -> None:
+    saves, log, heard = Saves(tmp_path, Keep(), 0, "token"), get_logger("megatron_ledom.train.saves"), io.StringIO()
+    handler = logging.StreamHandler(heard)
+    log.addHandler(handler)
+    try:
+        saves.saved(4, "No space left on device")  # as Megatron's save calls it
+    finally:
+        log.removeHandler(handler)
+    said = heard.getvalue().strip()
+    assert "no checkpoint of step 4: No space left on device" in said
+    (tmp_path / "said").write_text(f"{said}\nValueError: a rank died\n", encoding="utf-8")
+    variables = step_that(f'cat "{tmp_path}/said" >>"{tmp_path}/log.txt"; exit 1', tmp_path)
+    (tmp_path / "in.jsonl").write_text("question\n", encoding="utf-8")
+    done = run("rerank", **variables, SLURM_NTASKS="1")
+    last = done.stdout.splitlines()[-1]
+    assert "job ended: failure 1 of 3 without progress, status 1, ValueError: a rank died; not started again" in last
+    assert "refused" not in last

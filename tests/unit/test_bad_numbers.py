@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from megatron_ledom.engine import cpu, update_guard
 from megatron_ledom.errors import InputError, UsageError
 from megatron_ledom.train.bad_numbers import SKIP, STOP, WINDOW, Ledger, Row, judge
 from megatron_ledom.train.drills import parse_faults
@@ -93,3 +97,38 @@ def test_the_ledger_remembers_and_a_cut_last_line_counts_for_nothing(tmp_path: P
 def test_a_drill_that_means_nothing_is_refused(word: str) -> None:
     with pytest.raises(UsageError, match=r"--inject-fault .*: write KIND@STEP"):
         parse_faults([word])
+
+
+@pytest.fixture
+def megatron() -> Iterator[None]:
+    """Megatron on the CPU, and its own functions again afterwards."""
+    cpu.install()
+    yield
+    update_guard.restore()
+    cpu.restore()
+
+
+def test_what_an_evaluation_finds_does_not_condemn_the_next_batch(
+    megatron: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import megatron.training.training as training
+    from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
+
+    rejected: list[str] = []
+    machine = RerunStateMachine(mode=RerunMode.DISABLED)  # as Megatron sets it for an evaluation
+
+    def look_at_loss(*_: object, **__: object) -> str:
+        machine.validate_result(torch.tensor(NAN), torch.isnan, "found NaN in the loss", fatal=True)
+        return "done"
+
+    monkeypatch.setattr(training, "train_step", look_at_loss)
+    hooks = SimpleNamespace(reject=rejected.append, may_update=lambda *_: True, after_step=lambda *_: None)
+    update_guard.install(hooks)
+    with pytest.raises(RuntimeError, match="found NaN in the loss"):
+        look_at_loss()  # before any step
+    optimizer = SimpleNamespace(prepare_grads=lambda: False)
+    assert training.train_step(None, None, None, optimizer, None, iteration=3) == "done"
+    assert rejected == ["found NaN in the loss"]
+    with pytest.raises(RuntimeError, match="found NaN in the loss"):
+        look_at_loss()  # between two steps
+    assert len(rejected) == 1

@@ -26,9 +26,9 @@ from megatron_ledom.checkpoint.locate import (
 )
 from megatron_ledom.checkpoint.writer import CheckpointWriter
 from megatron_ledom.engine.rendezvous import Agreement
-from megatron_ledom.errors import CheckpointError, OutputError
+from megatron_ledom.errors import CheckpointError, OutputError, UsageError
 from megatron_ledom.log import get_logger
-from megatron_ledom.train.resume import settle_checkpoint
+from megatron_ledom.train.resume import prefer_own, settle_checkpoint
 from megatron_ledom.train.saves import Saves
 
 
@@ -215,6 +215,24 @@ def test_of_another_runs_folder_nothing_is_changed(run: Path, tmp_path: Path) ->
     argv = settle(tmp_path / "other", "--load", run / "checkpoints")
     assert argv[-2:] == ["--ckpt-step", "5"]
     assert read_tracker(run / "checkpoints") == 10 and finished_steps(run / "checkpoints") == [5, 10]
+
+
+def test_a_run_that_began_elsewhere_goes_on_from_its_own_checkpoint(run: Path, tmp_path: Path) -> None:
+    own = ["--run-dir", str(run), "--lr", "1e-3"]
+    other = ["--load", str(tmp_path / "other"), "--ckpt-step=7", "--finetune", "--no-load-optim", "--no-load-rng"]
+    assert prefer_own([*other, "--run-dir", str(tmp_path / "new")])[0][:2] == other[:2], "its first start"
+    for begun in (other, other[:2], ["--finetune", "--pretrained-checkpoint", "release"]):
+        argv, why = prefer_own([*begun, *own])
+        kept = begun[1:] if "--pretrained-checkpoint" in begun else []
+        assert argv == [*kept, *own, "--load", str(run / "checkpoints")]
+        assert why.startswith(f"this run goes on from its own checkpoint of step 10 in {run / 'checkpoints'}; ")
+    assert settle(run, *other)[-2:] == ["--load", str(run / "checkpoints")]
+    assert prefer_own(own) == (own, "")
+    at_step = [*own, "--load", str(run / "checkpoints"), "--ckpt-step", "5"]
+    assert prefer_own(at_step) == (at_step, ""), "chosen by hand"
+    for more in ([], ["--load", str(run / "checkpoints")]):
+        with pytest.raises(UsageError, match=r"every restart would begin anew.*--pretrained-checkpoint"):
+            prefer_own([*own, *more, "--finetune"])
 
 
 def test_old_checkpoints_without_a_list_are_taken_as_they_are(run: Path) -> None:

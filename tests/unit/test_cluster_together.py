@@ -48,6 +48,12 @@ def test_a_stopped_rank_falls_silent_and_a_waiting_one_does_not(monkeypatch: pyt
         (silent,) = team.behind()
         assert silent.node == "node2"
         assert silent.text == "rank 2 gives no sign of life since 'exchange'"
+
+        ranks[0].kill()  # as a rank that has finished: rank 0 alone looks at the run, and may be late with it
+        ranks[0].join()
+        team.reach("end")
+        (late,) = team.behind()
+        assert late.node is None and late.text.startswith("rank 0 on node0 has not finished its look at the run")
     finally:
         for rank in ranks:
             rank.kill()

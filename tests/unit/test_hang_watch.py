@@ -36,8 +36,26 @@ def test_a_rank_that_answers_but_holds_up_the_others_is_named() -> None:
     assert find_hang([*signs[:2], sign(99, 90, collective="broadcast")], 30, 100) is None, "one has moved"
 
 
-def test_work_without_anybody_who_waits_is_no_hang() -> None:
-    assert find_hang([sign(99, 1), sign(99, 1)], 30, 100) is None
+def test_without_a_collective_ranks_are_told_apart_by_where_they_are() -> None:
+    """On NCCL a host waits for the device in `.item()`: no collective has a name there."""
+    signs = [sign(99, 40) for _ in range(8)]
+    signs[5].place = "megatron_ledom.train.pretrain.next_batch:241"
+    found = find_hang(signs, 30, 100)
+    assert found == (
+        "rank 5 has been in megatron_ledom.train.pretrain.next_batch:241 for 60 s, step 12; "
+        "each of ranks 0, 1, 2, 3, 4, 6, 7 is in megatron_ledom.x.f:3"
+    )
+    signs[2].collective = "broadcast"
+    found = find_hang(signs, 30, 100)
+    assert found is not None and found.startswith("rank 2 has been in broadcast (megatron_ledom.x.f:3) for 60 s")
+    assert "rank 5 is in megatron_ledom.train.pretrain.next_batch:241; each of ranks 0, 1, 3," in found
+
+
+def test_long_work_in_the_same_place_is_no_hang_before_its_time() -> None:
+    assert find_hang([sign(99, 71), sign(99, 1)], 30, 100) is None, "one has moved within the timeout"
+    found = find_hang([sign(99, 1), sign(99, 1)], 30, 100)
+    assert found == "all ranks have been in megatron_ledom.x.f:3 for 99 s, step 12"
+    assert find_hang([sign(99, 1, step=0), sign(99, 1, step=0)], 30, 100) is None, "a long load before the first step"
 
 
 def test_all_in_one_collective_is_said_so() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,58 @@ def test_the_last_line_and_the_status(
     args = argparse.Namespace(save=str(tmp_path), curr_iteration=step, iteration=0, train_iters=10, rank=rank)
     assert end_of_run(stop, args) == status
     assert capfd.readouterr().err.strip() == words
+
+
+RANK = """
+import argparse, sys, time
+from megatron_ledom.engine.rendezvous import Agreement
+from megatron_ledom.train.lifecycle import StopRequest, end_of_run
+
+agreement, stop = Agreement(120), StopRequest()
+args = argparse.Namespace(exit_duration_in_mins=None, save=None, curr_iteration=4, iteration=0, train_iters=10)
+args.rank = agreement.rank
+stop.watch()
+stop.arm(args, agreement)
+stop.leave_startup(args)
+print("ready", flush=True)
+while args.rank == 1 and args.exit_duration_in_mins > 1:
+    time.sleep(0.01)
+agreement.post(f"done/{args.rank}", "")  # as the ranks compare their clocks
+agreement.read("done/1")
+status = end_of_run(stop, args)
+agreement.post(f"ended/{args.rank}", "")
+agreement.read("ended/0"), agreement.read("ended/1")  # rank 0 holds the store
+sys.exit(status)
+"""
+
+
+def test_a_signal_to_another_rank_alone_is_told_by_rank_0(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(RANK, encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "rank.py")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=tool_environment(launch | {"RANK": str(rank)}),
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for rank in ranks:
+            assert rank.stdout and rank.stdout.readline() == "ready\n"
+        ranks[1].send_signal(signal.SIGUSR1)
+        said = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [STOPPED_STATUS, 0], said
+    assert said[0].splitlines()[-1] == (
+        "run ended: SIGUSR1 to rank 1; nothing was saved, the same command goes on from there"
+    )
 
 
 def test_the_trainer_listens_before_anything_starts_threads() -> None:
