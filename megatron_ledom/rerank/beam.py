@@ -211,8 +211,9 @@ def check_lengths(
     """
     from megatron_ledom.rerank.sampler import encode_prompts
 
+    prompts = [question.text + settings.reward.separator for question in questions]
+    encode_prompts(forward, prompts, settings.sampling, what=lambda index: questions[index].where)
     for q in questions:
-        encode_prompts(forward, [q.text + settings.reward.separator], settings.sampling, what=lambda _, q=q: q.where)
         reverse.check_length(1 + len(reverse.encode(q.text)), f"{q.where} and the beginning of a step")
 
 

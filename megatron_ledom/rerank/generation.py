@@ -112,8 +112,8 @@ def _check_lengths(lm: ForwardLM, questions: Sequence[Question], settings: Gener
     """Refuse a question that is too long before the first answer is drawn."""
     from megatron_ledom.rerank.sampler import encode_prompts
 
-    for question in questions:
-        encode_prompts(lm, [question.text + settings.separator], settings.sampling, what=lambda _, q=question: q.where)
+    prompts = [question.text + settings.separator for question in questions]
+    encode_prompts(lm, prompts, settings.sampling, what=lambda index: questions[index].where)
 
 
 def _answer(
