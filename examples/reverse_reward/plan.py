@@ -40,9 +40,8 @@ class Experiment:
         ]
         for seed in self.seeds:
             steps += self._plan_seed(seed)
-        names = "-".join(map(str, self.seeds))
         title = "compare every way of choosing, over all seeds"
-        return [*steps, Step(f"evaluate-{names}", title, self.evaluate, 15 * len(self.seeds))]
+        return [*steps, Step(f"evaluate-{self._seed_names}", title, self.evaluate, 15 * len(self.seeds))]
 
     def _plan_seed(self, seed: int) -> list[Step]:
         def of(work: Callable[[int], str]) -> Callable[[], str]:
@@ -146,9 +145,14 @@ class Experiment:
         for name in ("ranked-untuned", "ranked"):
             files = [self._of(seed) / f"{name}.jsonl" for seed in self.seeds]
             flags = ("--held-out-share", self.settings.held_out_share, "--overwrite")
-            table = self._tool("evaluate_rerank.py", "--input", *files, "--output", self.folder / name, *flags)
+            output = self.folder / f"{name}-{self._seed_names}"
+            table = self._tool("evaluate_rerank.py", "--input", *files, "--output", output, *flags)
         print(table, flush=True)
-        return f"{self.folder / 'ranked.md'}, .json and .png, and the same of ranked-untuned"
+        return f"{output}.md, .json and .png, and the same of ranked-untuned"
+
+    @property
+    def _seed_names(self) -> str:
+        return "-".join(map(str, self.seeds))
 
     def _train(self, seed: int, direction: Direction) -> str:
         iters = self.settings.train_iters

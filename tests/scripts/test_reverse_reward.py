@@ -46,7 +46,7 @@ def test_every_step_runs_and_none_runs_twice(tmp_path: Path) -> None:
             assert by_index[candidate["index"]]["text"] == candidate["text"]
             assert by_index[candidate["index"]]["forward_logprob"] == candidate["forward_logprob"]
             assert by_index[candidate["index"]]["reverse_logprob"] != candidate["reverse_logprob"]
-    report = json.loads((folder / "ranked.json").read_text())
+    report = json.loads((folder / "ranked-1.json").read_text())
     assert report["sizes"] == [1, 2, 3]
     assert "greedy" in report["strategies"]
     assert report["runs"][0]["num_problems"] + report["runs"][0]["num_held_out"] == 60
