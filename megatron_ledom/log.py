@@ -13,12 +13,19 @@ import time
 from typing import TextIO
 
 
+class _StandardErrorHandler(logging.Handler):
+    """Writes to what standard error is at that moment, also where it was replaced since."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def get_logger(name: str) -> logging.Logger:
     """Return the logger `name`: INFO on rank 0, WARNING on other ranks (`RANK` of torchrun or Slurm)."""
     logger = logging.getLogger(name)
     if not logger.handlers:
         rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _StandardErrorHandler()
         prefix = "" if rank == 0 else f"[rank {rank}] "
         handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
         logger.addHandler(handler)
