@@ -35,19 +35,23 @@ MODEL = (
 BESIDE = {
     "rope_scaling_factor": "use_rope_scaling",
     "window_attn_skip_freq": "window_size",
-    **dict.fromkeys(
-        ("mup_attn_scale_power", "mup_base_head_dim", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult"),
-        "use_mup",
-    ),
-    **dict.fromkeys(
-        (
-            *("moe_layer_freq", "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax"),
-            *("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk"),
-            "moe_apply_probs_on_input",
-        ),
-        "num_experts",
-    ),
-    **dict.fromkeys(("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"), "multi_latent_attention"),
+    "mup_attn_scale_power": "use_mup",
+    "mup_base_head_dim": "use_mup",
+    "mup_base_hidden_size": "use_mup",
+    "mup_embedding_mult": "use_mup",
+    "mup_output_mult": "use_mup",
+    "moe_layer_freq": "num_experts",
+    "moe_router_topk": "num_experts",
+    "moe_router_score_function": "num_experts",
+    "moe_router_pre_softmax": "num_experts",
+    "moe_router_topk_scaling_factor": "num_experts",
+    "moe_router_num_groups": "num_experts",
+    "moe_router_group_topk": "num_experts",
+    "moe_apply_probs_on_input": "num_experts",
+    "rope_type": "multi_latent_attention",
+    "rotary_scaling_factor": "multi_latent_attention",
+    "mscale": "multi_latent_attention",
+    "mscale_all_dim": "multi_latent_attention",
 }
 """Arguments that count only where another one is set."""
 MEANING = (

@@ -34,6 +34,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SAME_LEVEL = {
     ("direction", "errors"),
     ("files", "errors"),
+    ("files", "log"),
     ("inference", "convert"),  # a checkpoint is loaded as the model that it would be exported as
     ("checkpoint", "model"),  # a checkpoint can be turned back into the network that wrote it
 }
