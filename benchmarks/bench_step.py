@@ -29,7 +29,7 @@ WARM_UP = 3
 SHAPE = {"layers": 8, "hidden": 256, "ffn": 896, "heads": 4, "groups": 4, "tokens": 2048, "vocabulary": 1024}
 KINDS = {
     # What an operation's name begins with -> what it is part of.
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "matrix products": ("aten::mm", "mkldnn::_linear_pointwise", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     "attention": (
         "ledom::attention",
         "GeneratedBackwardFor_ledom_attention",
