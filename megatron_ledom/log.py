@@ -17,7 +17,10 @@ class _StandardErrorHandler(logging.Handler):
     """Writes to what standard error is at that moment, also where it was replaced since."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:  # a stream that is closed or full ends no run: logging's own handlers do likewise
+            self.handleError(record)
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 END_OF_DOCUMENT = "<|endoftext|>"
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -128,6 +129,24 @@ def run_program(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     if done.returncode != 0:
         raise RuntimeError(f"the program ended with status {done.returncode}:\n{done.stderr[-3000:]}")
     return done
+
+
+def watch_file_system(on_change: Callable[[int], None]) -> None:
+    """Call `on_change` with their number, from 1, before each of this process's own changes to files and folders.
+
+    It ends with the process: Python has no way to take an audit hook back.
+    """
+    changes = {"os.rename", "os.remove", "os.truncate", "os.rmdir", "os.mkdir", "os.link"}
+    count = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        is_writing = event == "open" and isinstance(args[2], int) and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
+        if event in changes or is_writing:
+            count += 1
+            on_change(count)
+
+    sys.addaudithook(hook)
 
 
 def torchrun_command(tool: str, num_processes: int, arguments: Sequence[object]) -> list[str]:

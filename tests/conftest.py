@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from convert_cases import build_cases, train_run
 
+from megatron_ledom.log import get_logger
 from megatron_ledom.testing import END_OF_DOCUMENT, english_documents, run_tool, write_jsonl
 
 ASSETS = Path(__file__).parent / "assets"
+
+
+@pytest.fixture
+def log_of(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str], pytest.LogCaptureFixture]]:
+    """Given a module's name, what it says from then on; the project's loggers hand nothing up to the root."""
+    with ExitStack() as stack:
+
+        def capture(name: str) -> pytest.LogCaptureFixture:
+            logger = get_logger(name)  # sets its level, once
+            logger.addHandler(caplog.handler)
+            stack.callback(logger.removeHandler, caplog.handler)
+            return caplog
+
+        yield capture
 
 
 @pytest.fixture(scope="session")

@@ -42,8 +42,9 @@ def add_ledom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--layer-kernels",
         choices=["auto", "megatron", "ledom"],
         default="auto",
-        help="what computes norms, SwiGLU and the loss: ledom, the fused CPU kernels; megatron, its own modules; auto: "
-        "the kernels on the CPU (default: auto)",
+        help="what computes norms, SwiGLU and the loss: ledom, the fused CPU kernels (with them linear layers take "
+        "oneDNN's fp32 products where these are faster); megatron, its own modules; auto: the kernels on the CPU "
+        "(default: auto)",
     )
     group.add_argument(
         "--run-dir",

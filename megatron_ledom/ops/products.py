@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -48,6 +49,7 @@ class _Linear(torch.autograd.Function):
         return _multiply(x, w_NK)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         (dy,) = grads
         x, w_NK = ctx.saved_tensors

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,12 +62,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the export says; the project's loggers hand nothing up to the root."""
-    logger = logging.getLogger("megatron_ledom.convert.export_folder")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
+def log(log_of: Callable[[str], pytest.LogCaptureFixture]) -> pytest.LogCaptureFixture:
+    """What the export says."""
+    return log_of("megatron_ledom.convert.export_folder")
 
 
 @pytest.fixture(scope="module")

@@ -112,13 +112,13 @@ AT_EVERY_CHANGE = """
 import os, shutil, sys
 from pathlib import Path
 from megatron_ledom.data.preprocess import PreprocessConfig, preprocess
+from megatron_ledom.testing import watch_file_system
 
 folder, source, tokenizer = map(Path, sys.argv[1:])
 config = PreprocessConfig(
     inputs=[source], output_prefix=str(folder / "x"), tokenizer_type="HuggingFaceTokenizer",
     tokenizer_model=str(tokenizer), append_eod=True, shard_mb=0.02,
 )
-CHANGES = {"os.rename", "os.remove", "os.truncate", "os.rmdir", "os.mkdir", "os.link"}
 
 def contents():
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and ".manifest" not in p.name}
@@ -126,15 +126,7 @@ def contents():
 def in_fork(last_change):
     pid = os.fork()
     if pid == 0:
-        count = 0
-        def hook(event, args):
-            nonlocal count
-            writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
-            if event in CHANGES or writes:
-                count += 1
-                if count == last_change:
-                    os._exit(9)
-        sys.addaudithook(hook)
+        watch_file_system(lambda number: os._exit(9) if number == last_change else None)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         preprocess(config)
         os._exit(0)

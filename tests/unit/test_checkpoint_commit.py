@@ -27,7 +27,6 @@ from megatron_ledom.checkpoint.locate import (
 from megatron_ledom.checkpoint.writer import CheckpointWriter
 from megatron_ledom.engine.rendezvous import Agreement
 from megatron_ledom.errors import CheckpointError, OutputError, UsageError
-from megatron_ledom.log import get_logger
 from megatron_ledom.train.resume import prefer_own, settle_checkpoint
 from megatron_ledom.train.saves import Saves
 
@@ -170,17 +169,15 @@ FILES = ["__0_0.distcp", "__0_1.distcp", INDEX, SEAL, LIST_NAME]
 @pytest.mark.parametrize("damage", [truncate, flip, delete], ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", FILES)
 def test_damage_to_any_file_is_named_and_the_one_before_is_taken(
-    name: str, damage: Callable[[Path], None], run: Path, caplog: pytest.LogCaptureFixture
+    name: str, damage: Callable[[Path], None], run: Path, log_of: Callable[[str], pytest.LogCaptureFixture]
 ) -> None:
     checkpoints = run / "checkpoints"
     folder = checkpoints / folder_name(10)
     assert sorted(FILES) == sorted(path.name for path in folder.iterdir()), "every file has its turn"
     damage(folder / name)
-    logger = get_logger("megatron_ledom.train.resume")
-    logger.addHandler(caplog.handler)
+    log = log_of("megatron_ledom.train.resume")
     settle(run)
-    logger.removeHandler(caplog.handler)
-    said = caplog.text
+    said = log.text
     assert f"{folder} is damaged" in said and name in said, said
     assert "fell back to step 5, the last checkpoint that is sound" in said
     assert read_tracker(checkpoints) == 5 and finished_steps(checkpoints) == [5]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +110,13 @@ def test_an_index_of_equal_size_that_belongs_elsewhere_is_refused(datasets: Path
         check(datasets / "reverse_text_document")
 
 
-def test_a_dataset_without_end_of_document_ids_is_warned_of(datasets: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("megatron_ledom.data.dataset")
-    logger.addHandler(caplog.handler)
-    try:
-        (found,) = check(datasets / "open_text_document")
-    finally:
-        logger.removeHandler(caplog.handler)
+def test_a_dataset_without_end_of_document_ids_is_warned_of(
+    datasets: Path, log_of: Callable[[str], pytest.LogCaptureFixture]
+) -> None:
+    log = log_of("megatron_ledom.data.dataset")
+    (found,) = check(datasets / "open_text_document")
     assert not found.is_closed
-    assert "without --append-eod" in caplog.text
+    assert "without --append-eod" in log.text
 
 
 def test_a_manifest_comes_back_as_it_was_saved_and_unknown_fields_are_left_alone(datasets: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import logging
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -221,7 +221,7 @@ def test_flags_that_cannot_work_are_refused(config: PreprocessConfig, changes: d
 
 
 def test_a_tokenizer_that_gigatoken_cannot_do_falls_back_and_says_so(
-    config: PreprocessConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config: PreprocessConfig, tmp_path: Path, log_of: Callable[[str], pytest.LogCaptureFixture]
 ) -> None:
     """Without a byte in its vocabulary, or with spaces that only the reference treats so."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -233,13 +233,9 @@ def test_a_tokenizer_that_gigatoken_cannot_do_falls_back_and_says_so(
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "[E]"}', encoding="utf-8")
-    logger = logging.getLogger("megatron_ledom.data.backends")
-    logger.addHandler(caplog.handler)
-    try:
-        run(config, tokenizer_model=str(folder))
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert "gigatoken is not used: " in caplog.text
+    log = log_of("megatron_ledom.data.backends")
+    run(config, tokenizer_model=str(folder))
+    assert "gigatoken is not used: " in log.text
     assert load_manifest(config.prefixes[0]).tokenizer.backend == "tokenizers"
     with pytest.raises(TokenizerMismatchError, match=r"--tokenizer-backend gigatoken cannot be used: .* Use auto"):
         run(config, tokenizer_model=str(folder), tokenizer_backend="gigatoken")

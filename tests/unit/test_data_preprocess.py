@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
 import resource
@@ -13,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,19 +92,15 @@ def test_without_end_of_document_ids_and_forward(config: PreprocessConfig, token
 
 
 def test_empty_documents_are_left_out_and_counted_and_ends_inside_texts_too(
-    config: PreprocessConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config: PreprocessConfig, tmp_path: Path, log_of: Callable[[str], pytest.LogCaptureFixture]
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["", "one", "", f"two{END_OF_DOCUMENT}three{END_OF_DOCUMENT}"])
-    logger = logging.getLogger("megatron_ledom.data.preprocess")
-    logger.addHandler(caplog.handler)
-    try:
-        (manifest,) = preprocess(dataclasses.replace(config, inputs=[path]))
-    finally:
-        logger.removeHandler(caplog.handler)
+    log = log_of("megatron_ledom.data.preprocess")
+    (manifest,) = preprocess(dataclasses.replace(config, inputs=[path]))
     counts = manifest.counts
     assert (counts.documents, counts.empty_documents, counts.eod_in_text) == (2, 2, 2)
     assert manifest.sources[0].documents == 2
-    assert "holds the end-of-document token 2 times" in caplog.text
+    assert "holds the end-of-document token 2 times" in log.text
 
 
 def test_every_key_becomes_a_dataset(config: PreprocessConfig, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from megatron_ledom.data.manifest import load_manifest, manifest_path, save_mani
 from megatron_ledom.data.megatron_dataset import TurnedDataset
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DirectionError, InputError
-from megatron_ledom.log import get_logger
 
 EOD = 0
 
@@ -34,11 +33,8 @@ def write_megatron(prefix: Path, documents: list[list[int]], *, sentences: bool 
 
 
 @pytest.fixture
-def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    logger = get_logger(guard.__name__)  # sets the level, once
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
+def messages(log_of: Callable[[str], pytest.LogCaptureFixture]) -> pytest.LogCaptureFixture:
+    return log_of(guard.__name__)
 
 
 def check(prefix: Path, direction: Direction = Direction.REVERSE, vocab_size: int = 100) -> CheckedDataset:

@@ -22,11 +22,14 @@ QUESTIONS = [
     }
     for n, word in enumerate(("first", "second", "third", "fourth", "fifth"))
 ]
-CHOICE = """
-task: ledom_choice
+DATA = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {path}}}}}
 test_split: test
+"""
+CHOICE = (
+    DATA
+    + """task: ledom_choice
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{options}}}}"
@@ -34,27 +37,26 @@ doc_to_target: label
 target_delimiter: ""
 metric_list: [{{metric: acc}}]
 """
-TEXT = """
-task: ledom_text
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {path}}}}}
-test_split: test
+)
+TEXT = (
+    DATA
+    + """task: ledom_text
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{{{text}}}}"
 metric_list: [{{metric: bits_per_byte}}]
 """
-LAST = """
-task: ledom_last
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {path}}}}}
-test_split: test
+)
+LAST = (
+    DATA
+    + """task: ledom_last
 output_type: loglikelihood
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{options[0]}}}}"
 target_delimiter: ""
 metric_list: [{{metric: acc}}, {{metric: perplexity}}]
 """
+)
 
 
 @pytest.fixture(scope="module")

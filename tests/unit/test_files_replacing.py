@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -154,12 +153,9 @@ def test_a_live_process_is_refused_by_name(kind: str, target: Path) -> None:
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What is said of folders; the project's loggers hand nothing up to the root."""
-    logger = logging.getLogger("megatron_ledom.files")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
+def log(log_of: Callable[[str], pytest.LogCaptureFixture]) -> pytest.LogCaptureFixture:
+    """What is said of folders."""
+    return log_of("megatron_ledom.files")
 
 
 def refusing(method: Callable[..., object], refused: Path) -> Callable[..., object]:
