@@ -1,7 +1,8 @@
-"""Builds `megatron_ledom.ops._kernels`, the kernels of csrc/; the metadata is in pyproject.toml.
+"""Builds the two extensions of csrc/; the metadata is in pyproject.toml.
 
-The extension needs a C++17 compiler with OpenMP, and neither torch nor CUDA. Where it cannot be built the package is
-installed without it, and attention takes torch's path (`megatron_ledom/ops/path.py` says so). To see why:
+`megatron_ledom.ops._kernels` holds the kernels, `megatron_ledom.data._records` reads corpora. They need a C++17
+compiler with OpenMP, and neither torch nor CUDA. What cannot be built the package is installed without: attention then
+takes torch's path (`megatron_ledom/ops/path.py` says so), corpora are read by Python, with the same result. To see why:
 
     python setup.py build_ext --inplace
 
@@ -23,7 +24,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,10 @@ CPU, CUDA = "csrc/reversed_attention/cpu", "csrc/reversed_attention/cuda"
 LAYERS = "csrc/layers/cpu"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-psabi"]
-# Each source with the flags that only it gets: the same kernels are compiled for several instruction sets.
+KERNELS, RECORDS = "megatron_ledom.ops._kernels", "megatron_ledom.data._records"
+WITHOUT = {KERNELS: "attention will take torch's path", RECORDS: "corpora will be read by Python, more slowly"}
+RECORD_SOURCES: dict[str, list[str]] = {"csrc/bindings/records.cpp": [], "csrc/records/jsonl.cpp": []}
+# Each source of the kernels with flags of its own: the same kernels are compiled for several instruction sets.
 SOURCES: dict[str, list[str]] = {
     "csrc/bindings/module.cpp": [],
     "csrc/bindings/layers.cpp": [],
@@ -51,6 +55,9 @@ if IS_X86:
         SOURCES[f"{_stem}_avx2.cpp"] = ["-mavx2", "-mfma"]
         SOURCES[f"{_stem}_avx512.cpp"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 NO_CUDA = {f"{CUDA}/nocuda.cpp": []}
+
+Jobs = Sequence[tuple[Callable[[str], str], str]]
+"""What to call with what; each gives the object file that it made."""
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS_OF_THE_ENVIRONMENT = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
@@ -119,7 +126,7 @@ class Toolkit:
 
 
 class BuildKernels(build_ext):
-    """Compiles the sources side by side, and does without the extension, or its CUDA part, where that fails.
+    """Compiles the sources side by side, and does without an extension, or the CUDA part, where that fails.
 
     Where there is to be none, that of an earlier build is removed: it would be taken for this one, and go into wheels.
     """
@@ -133,16 +140,19 @@ class BuildKernels(build_ext):
         """Compile and link `ext`; the object files of unchanged sources are not kept."""
         wish = os.environ.get("LEDOM_KERNELS", "auto")
         if wish == "none":
-            self.say("not built, as LEDOM_KERNELS=none asks")
+            self.say(f"{ext.name} not built, as LEDOM_KERNELS=none asks")
             self.remove_earlier(ext)
             return
         try:
-            self.build_with_cuda(ext)
+            if ext.name == KERNELS:
+                self.build_with_cuda(ext)
+            else:
+                self.link(ext, self.compile(RECORD_SOURCES), [])
         except Exception as error:  # whatever a compiler, its absence or a missing header leads to
             if wish == "required":
                 raise
-            self.say(f"NOT BUILT: {error}")
-            self.say("attention will take torch's path; install a C++17 compiler with OpenMP and try again")
+            self.say(f"{ext.name} NOT BUILT: {error}")
+            self.say(f"{WITHOUT[ext.name]}; install a C++17 compiler with OpenMP and try again")
             self.remove_earlier(ext)
 
     def remove_earlier(self, ext: Extension) -> None:
@@ -165,7 +175,7 @@ class BuildKernels(build_ext):
         if wish != "none":
             try:
                 toolkit = Toolkit.find()
-                self.link(ext, self.compile(toolkit), [toolkit.runtime, "-ldl", "-lrt", "-lpthread"])
+                self.link(ext, self.compile_with_cuda(toolkit), [toolkit.runtime, "-ldl", "-lrt", "-lpthread"])
             except Exception as error:
                 if wish == "required":
                     raise
@@ -176,37 +186,37 @@ class BuildKernels(build_ext):
                 return
         else:
             self.say("CUDA kernels not asked for; LEDOM_CUDA=required builds them")
-        self.link(ext, self.compile(None), [])
+        self.link(ext, self.compile(SOURCES | NO_CUDA), [])
         self.say("built for the CPU only")
 
-    def compile(self, toolkit: Toolkit | None) -> list[str]:
-        """Compile every source with its own flags; returns the object files."""
-        import pybind11
-
-        include = ["csrc", pybind11.get_include(), *self.include_dirs]
-        sources, macros, cuda = SOURCES | NO_CUDA, [], {}
-        if toolkit:
-            cuda = cuda_sources()
-            sources = SOURCES | {f"{CUDA}/variants.cpp": []}
-            include.append(self.cuda_include(toolkit))
-            macros = [f'-DLEDOM_CUDA_COMPILER="{toolkit.version}"', f'-DLEDOM_CUDA_SOURCE_HASH="{cuda_source_hash()}"']
-
-        def compile_cpp(source: str) -> str:
-            flags = FLAGS + SOURCES.get(source, []) + macros
-            (made,) = self.compiler.compile(
-                [source], output_dir=self.build_temp, include_dirs=include, extra_postargs=flags
-            )
-            return made
+    def compile_with_cuda(self, toolkit: Toolkit) -> list[str]:
+        """Compile the kernels, those for GPUs too; returns the object files."""
+        cuda = cuda_sources()
+        macros = [f'-DLEDOM_CUDA_COMPILER="{toolkit.version}"', f'-DLEDOM_CUDA_SOURCE_HASH="{cuda_source_hash()}"']
+        more = [*macros, f"-I{self.cuda_include(toolkit)}"]
+        sources = {path: flags + more for path, flags in (SOURCES | {f"{CUDA}/variants.cpp": []}).items()}
 
         def compile_cuda(source: str) -> str:
-            assert toolkit is not None
             made = Path(self.build_temp) / f"{source}.o"
             made.parent.mkdir(parents=True, exist_ok=True)
             self.call([toolkit.nvcc, *NVCC_FLAGS, *cuda[source], "-Icsrc", "-c", source, "-o", str(made)])
             return str(made)
 
-        jobs: list[tuple[Callable[[str], str], str]] = [(compile_cuda, s) for s in cuda]  # the longest come first
-        jobs += [(compile_cpp, s) for s in sources]
+        return self.compile(sources, [(compile_cuda, source) for source in cuda])  # the longest come first
+
+    def compile(self, sources: dict[str, list[str]], before: Jobs = ()) -> list[str]:
+        """Do the jobs and compile every source with its own flags; returns the object files."""
+        import pybind11
+
+        include = ["csrc", pybind11.get_include(), *self.include_dirs]
+
+        def compile_cpp(source: str) -> str:
+            (made,) = self.compiler.compile(
+                [source], output_dir=self.build_temp, include_dirs=include, extra_postargs=FLAGS + sources[source]
+            )
+            return made
+
+        jobs = [*before, *((compile_cpp, source) for source in sources)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(lambda job: job[0](job[1]), jobs))
 
@@ -231,7 +241,8 @@ class BuildKernels(build_ext):
         path = Path(self.get_ext_fullpath(ext.name))
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        flags = [*libraries, "-fopenmp", "-Wl,--exclude-libs,ALL", "-Wl,--strip-debug"]
+        openmp = ["-fopenmp"] if ext.name == KERNELS else []  # whoever reads corpora is to load no more than it needs
+        flags = [*libraries, *openmp, "-Wl,--exclude-libs,ALL", "-Wl,--strip-debug"]
         try:
             self.compiler.link_shared_object(objects, str(temporary), extra_postargs=flags, target_lang="c++")
             temporary.replace(path)
@@ -249,11 +260,8 @@ class BuildKernels(build_ext):
 
 setup(
     ext_modules=[
-        Extension(
-            "megatron_ledom.ops._kernels",
-            [*SOURCES, *NO_CUDA],
-            optional=os.environ.get("LEDOM_KERNELS") != "required",
-        )
+        Extension(name, [*sources], optional=os.environ.get("LEDOM_KERNELS") != "required")
+        for name, sources in ((KERNELS, SOURCES | NO_CUDA), (RECORDS, RECORD_SOURCES))
     ],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -205,6 +205,7 @@ def main() -> int:
     parser.add_argument("--datatrove", type=Path, help="the Python of an environment with datatrove")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # no contestant is to compile its modules again at every start
     load = os.getloadavg()[0]
     args.work.mkdir(parents=True, exist_ok=True)
     if args.text_folder is not None:

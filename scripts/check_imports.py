@@ -6,7 +6,7 @@ MODULES = (
     *("torch", "transformers", "tokenizers", "safetensors.torch", "sentencepiece", "tensorboard", "matplotlib", "rich"),
     *("megatron.core.datasets.helpers_cpp", "megatron.training", "megatron_ledom", "pytest", "hypothesis"),
     *("math_verify", "reasoning_gym"),
-    *("gigatoken", "orjson", "zstandard", "pyarrow.parquet", "nltk.tokenize.punkt", "lm_eval", "pyte"),
+    *("gigatoken", "zstandard", "pyarrow.parquet", "nltk.tokenize.punkt", "lm_eval", "pyte"),
 )
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from megatron_ledom.log import get_logger
 FAST = "gigatoken"
 BACKENDS = ("auto", FAST, "tokenizers", "sentencepiece")
 _CACHE_BYTES = 144 << 20  # a worker's tokenizer may remember this much of what it has seen
+_WATCHED_BYTES = 2 << 20  # and is looked at after so much text
 _MAX_SPECIAL = 400
 _MAX_AVOIDED = 16  # each costs a search of every text
 # Ranges whose characters libraries have been seen to treat differently; see `_mixed_texts`.
@@ -48,12 +49,12 @@ _EXTRA = (
 
 
 class Encoder(Protocol):
-    """What makes ids out of texts: natural order, no special token added; one integer array [n] a text."""
+    """What makes ids out of texts in UTF-8: natural order, no special token added; one integer array [n] a text."""
 
     name: str
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each text."""
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Return the ids of each text, which must be valid UTF-8."""
 
 
 class ReferenceEncoder:
@@ -62,9 +63,9 @@ class ReferenceEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.name, self._tokenizer = tokenizer.library, tokenizer.here()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Return the ids of each text; int32."""
-        return self._tokenizer.encode_batch(texts)
+        return self._tokenizer.encode_batch([text.decode("utf-8") for text in texts])
 
 
 class FastEncoder:
@@ -85,21 +86,25 @@ class FastEncoder:
         self.avoid, self._reference = tuple(avoid), tokenizer
         self._load: Callable[[], Any] = lambda: _load_fast(content)
         self._encode = self._load().encode
-        self._limit_bytes = resident_bytes() + _CACHE_BYTES
+        self._limit_bytes, self._unseen_bytes = resident_bytes() + _CACHE_BYTES, 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as what it is made of."""
         return FastEncoder, (self._reference, self.avoid)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Return the ids of each text; uint32."""
-        if resident_bytes() > self._limit_bytes:
-            self._encode = self._load().encode
-            self._limit_bytes = resident_bytes() + _CACHE_BYTES
+        self._unseen_bytes += sum(map(len, texts))
+        if self._unseen_bytes > _WATCHED_BYTES:
+            self._unseen_bytes = 0
+            if resident_bytes() > self._limit_bytes:
+                self._encode = self._load().encode
+                self._limit_bytes = resident_bytes() + _CACHE_BYTES
         encode = self._encode
         if not self.avoid:
             return [encode(text) for text in texts]
-        return [self._right.encode(t) if any(a in t for a in self.avoid) else encode(t) for t in texts]
+        avoided = [token.encode("utf-8") for token in self.avoid]
+        return [self._right.encode(t.decode("utf-8")) if any(a in t for a in avoided) else encode(t) for t in texts]
 
     @cached_property
     def _right(self) -> Tokenizer:
@@ -136,19 +141,16 @@ def choose_backend(tokenizer: Tokenizer, asked: str, corpus_texts: Iterable[str]
                 f"--tokenizer-backend {asked} cannot run {tokenizer.type}; use auto, {FAST} or {tokenizer.library}"
             )
         return ReferenceEncoder(tokenizer)
-    corpus_texts = list(corpus_texts)  # here, so that trouble with the corpus is not taken for the tokenizer's
+    texts = [*probe_texts(), *corpus_texts]  # here, so that trouble with the corpus is not taken for the tokenizer's
+    special, right = tokenizer.ask_ahead("special_samples", _MAX_SPECIAL), tokenizer.ask_ahead("encode_batch", texts)
     why = None
     try:
         fast = FastEncoder(tokenizer)  # loads while the tokenizer still does, where that has a process of its own
-        within = {token: _within(token) for token in tokenizer.special_texts()[:_MAX_SPECIAL]}
-        right = tokenizer.encode_batch([*within.values()])
-        avoid = [
-            token
-            for (token, text), ids in zip(within.items(), right, strict=True)
-            if first_difference(tokenizer, fast, [text], [ids])
-        ]
+        samples = special()
+        avoid = [token for token, text, ids in samples if first_difference(tokenizer, fast, [text], [ids])]
         fast.avoid = tuple(avoid) if len(avoid) <= _MAX_AVOIDED else ()
-        why = first_difference(tokenizer, fast, [*probe_texts(), *within.values(), *corpus_texts])
+        right_ids = [*(ids for _, _, ids in samples), *right()]
+        why = first_difference(tokenizer, fast, [*(text for _, text, _ in samples), *texts], right_ids)
     except LedomError:  # of the reference itself
         raise
     except ImportError:
@@ -177,7 +179,7 @@ def first_difference(
     """Say where an encoder first departs from the reference, whose ids may be given; None where all are equal."""
     right_ids = tokenizer.encode_batch(texts) if right_ids is None else right_ids
     for text, right in zip(texts, right_ids, strict=True):
-        (found,) = fast.encode_batch([text])
+        (found,) = fast.encode_batch([text.encode("utf-8")])
         if len(found) != len(right) or not np.array_equal(found, right):
             unequal = np.flatnonzero(found[: len(right)] != right[: len(found)])
             at = int(unequal[0]) if len(unequal) else min(len(found), len(right))
@@ -191,11 +193,6 @@ def first_difference(
 def probe_texts() -> list[str]:
     """Texts that tell libraries apart: scripts, spaces, digits, code."""
     return [*PROBE_TEXTS, *_EXTRA, *_mixed_texts()]
-
-
-def _within(token: str) -> str:
-    """A text that holds a special token between letters, between spaces and twice in a row."""
-    return f"a{token}b {token} c\n{token}{token}"
 
 
 def _mixed_texts() -> list[str]:

@@ -224,13 +224,13 @@ class _ShardMaker:
             natural = task.encoder.encode_batch(texts)
             kept = natural if all(map(len, natural)) else [ids for ids in natural if len(ids)]
             flat = stored_batch(kept, task.direction, self._eod)
-            self._take_sample(part, batch.rows[0], texts[0], natural[0])
+            self._take_sample(part, batch.rows[0], texts[0].decode("utf-8"), natural[0])
         else:
             natural, flat = self._encode_sentences(task.splitter, texts, files["sent"])
             kept = [ids for ids in natural if len(ids)]
         self._write(number, part, key, batch, kept, flat)
         record.empty_documents += len(texts) - len(kept)
-        record.text_bytes += _num_bytes(texts)
+        record.text_bytes += sum(map(len, texts))
         return [] if len(kept) == len(texts) else [i for i, ids in enumerate(natural) if not len(ids)]
 
     def _add_pairs(
@@ -243,9 +243,9 @@ class _ShardMaker:
         part = self._task.shards[self._shard][number]
         self._write(number, part, 0, batch, natural, stored_batch(natural, self._task.direction, self._eod))
         self._files[0]["pair"].write(question_lengths.astype("<u4"))
-        self._record.keys[0].text_bytes += sum(map(_num_bytes, batch.texts))
+        self._record.keys[0].text_bytes += sum(len(text) for texts in batch.texts for text in texts)
         after_question, _ = separator_places(self._task.pairs.separator, self._task.direction)
-        text, ids = batch.texts[0][0] + after_question, natural[0][: question_lengths[0]]
+        text, ids = batch.texts[0][0].decode("utf-8") + after_question, natural[0][: question_lengths[0]]
         self._take_sample(part, batch.rows[0], text, ids)
         return []
 
@@ -260,11 +260,12 @@ class _ShardMaker:
                 f"fit {task.dtype.name}, the type for its vocabulary of {task.tokenizer.vocab_size}"
             )
         lengths = np.fromiter(map(len, kept), dtype=np.int32, count=len(kept)) + np.int32(self._eod is not None)
-        record.eod_in_text += int(np.count_nonzero(flat == task.tokenizer.eod_id))
+        stored = flat.astype(task.dtype)
+        record.eod_in_text += int(np.count_nonzero(stored == task.tokenizer.eod_id))
         record.eod_in_text -= len(kept) if self._eod is not None else 0
         record.documents[number] += len(kept)
         record.tokens += len(flat)
-        view = memoryview(flat.astype(task.dtype)).cast("B")
+        view = memoryview(stored).cast("B")
         ends = (np.cumsum(lengths, dtype=np.int64) * task.dtype.itemsize).tolist()
         documents = map(view.__getitem__, map(slice, [0, *ends[:-1]], ends))  # twice as fast as a loop in Python
         crcs = np.fromiter(map(crc32, documents), dtype="<u4", count=len(ends))
@@ -278,11 +279,11 @@ class _ShardMaker:
             self.sample = Sample(part, row, text, ids)
 
     def _encode_sentences(
-        self, splitter: SentenceSplitter, texts: list[str], file: Part
+        self, splitter: SentenceSplitter, texts: list[bytes], file: Part
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Return the ids of each text in natural order, and the stored ids of all; write the sizes of sentences."""
         natural, stored = [], []
-        for text in texts:
+        for text in (text.decode("utf-8") for text in texts):
             ids, starts = self._task.tokenizer.encode_with_starts(text)
             natural.append(ids)
             if len(ids):
@@ -290,10 +291,3 @@ class _ShardMaker:
                 stored.append(stored_document(flip_groups(ids, counts), Direction.FORWARD, self._eod))
                 file.write(flip(counts).astype("<u4"))
         return natural, np.concatenate(stored) if stored else np.empty(0, dtype=np.int32)
-
-
-def _num_bytes(texts: Sequence[str]) -> int:
-    """The size of texts in UTF-8."""
-    if all(map(str.isascii, texts)):
-        return sum(map(len, texts))
-    return sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts)

@@ -391,8 +391,8 @@ class _Merge:
             if isinstance(item, _Whole) and written is not None:
                 found[item.key, _PARTS[item.suffix]] = written
         indexes = {file.partial: name for name, file in staged.items() if name[1] == "idx"}
-        items = [*indexes]
-        for item, written in run_parallel(task, items, self._workers, on_report=on_report, doing="files were hashed"):
+        items, workers = [*indexes], min(self._workers, len(indexes))  # of a single one no other process need begin
+        for item, written in run_parallel(task, items, workers, on_report=on_report, doing="files were hashed"):
             if isinstance(item, Path) and written is not None:
                 found[indexes[item]] = written
         for name, file in staged.items():

@@ -45,11 +45,11 @@ def encode_pairs(
     why: dict[int, str] = {}
     for place, texts in enumerate(zip(*batch.texts, strict=True)):
         for key, text in zip((pairs.question_key, pairs.answer_key), texts, strict=True):
-            if not text.strip():
+            if not text.decode("utf-8").strip():
                 why[place] = f"the value of {key!r} is empty: a pair needs both"
     _drop(batch, why)
     questions, answers = batch.texts
-    after_question, before_answer = separator_places(pairs.separator, direction)
+    after_question, before_answer = (text.encode() for text in separator_places(pairs.separator, direction))
     first = encoder.encode_batch([question + after_question for question in questions])
     second = encoder.encode_batch([before_answer + answer for answer in answers])
     why = {}

@@ -308,8 +308,9 @@ def _head(config: PreprocessConfig, sources: Sequence[Source], shard: Sequence[S
         for part in shard:
             for batch in read_slice(sources[part.source], part, config.json_keys, config.text_unit):
                 for texts in zip(*batch.texts, strict=True):
-                    yield from (text[:chars] for text in texts)
-                    chars -= sum(map(len, texts))
+                    decoded = [text.decode("utf-8") for text in texts]
+                    yield from (text[:chars] for text in decoded)
+                    chars -= sum(map(len, decoded))
                     if chars <= 0:
                         return
 

@@ -31,11 +31,11 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from megatron_ledom.data.records import (
     BadRecord,
     Batch,
-    decode_text,
-    fast_json,
+    check_text,
     fields_of,
     new_batch,
-    parse_line,
+    parse_block,
+    split_lines,
 )
 from megatron_ledom.errors import InputError, UsageError
 
@@ -217,11 +217,11 @@ def read_slice(source: Source, part: Slice, keys: Sequence[str], text_unit: str 
             yield from _read_parquet(source.path, part, keys)
             return
         with source.path.open("rb") as raw:
-            blocks = _lines(source, raw, part)
+            blocks = _blocks(source, raw, part)
             if source.format == "jsonl":
-                yield from _parse_lines(blocks, part, keys)
+                yield from _jsonl(blocks, part, keys)
             elif text_unit == "file":
-                yield _one_text(b"".join(line for lines, _ in blocks for line in lines), source.num_bytes, keys)
+                yield _one_text(b"".join(block for block, _ in blocks), source.num_bytes, keys)
             elif text_unit == "line":
                 yield from _text_lines(blocks, part, keys)
             else:
@@ -238,7 +238,7 @@ def rows_before(source: Source, part: Slice) -> int:
     if part.start == 0:
         return 0
     with source.path.open("rb") as raw:
-        return sum(len(lines) for lines, _ in _lines(source, raw, Slice(part.source, 0, part.start)))
+        return sum(block.count(b"\n") for block, _ in _blocks(source, raw, Slice(part.source, 0, part.start)))
 
 
 def read_documents(paths: Iterable[Path], keys: Sequence[str] = ("text",)) -> Iterator[Document]:
@@ -255,13 +255,13 @@ def read_documents(paths: Iterable[Path], keys: Sequence[str] = ("text",)) -> It
                     row, why = batch.bad[0]
                     raise InputError(f"{source.path}:{base + row}: {why}")
                 for row, *texts in zip(batch.rows, *batch.texts, strict=True):
-                    yield Document(tuple(texts), source.path, base + row)
+                    yield Document(tuple(text.decode("utf-8") for text in texts), source.path, base + row)
                 last = batch.last_row
             base += last if source.format == "parquet" else 0
 
 
-def _lines(source: Source, raw: BinaryIO, part: Slice) -> Iterator[tuple[list[bytes], int]]:
-    """Yield lists of lines, about `BLOCK_BYTES` in each, and the bytes on disk that were read for them."""
+def _blocks(source: Source, raw: BinaryIO, part: Slice) -> Iterator[tuple[bytes, int]]:
+    """Yield whole lines, about `BLOCK_BYTES` of them at a time, and the bytes on disk that were read for them."""
     stream, left = raw, 1 << 62
     if part.end >= 0 and not source.packed:
         start = _line_start(raw, part.start)
@@ -272,17 +272,16 @@ def _lines(source: Source, raw: BinaryIO, part: Slice) -> Iterator[tuple[list[by
     elif source.packed == ".zst":
         stream = cast("BinaryIO", io.BufferedReader(_ZstdReader(raw), BLOCK_BYTES))
     position = raw.tell()
-    while left > 0 and (lines := _some_lines(stream, min(left, BLOCK_BYTES))):
-        left -= sum(map(len, lines))
-        yield lines, raw.tell() - position
-        position = raw.tell()
-
-
-def _some_lines(stream: BinaryIO, at_least: int) -> list[bytes]:
-    """Read whole lines until they hold so many bytes, no line more; [] at the end."""
-    if at_least == 1:  # `readlines(0)` reads everything
-        return [line] if (line := stream.readline()) else []
-    return stream.readlines(at_least - 1)
+    begun: list[bytes] = []  # the pieces of a line whose end is still to be read
+    while left > 0 and (data := stream.read(min(left, BLOCK_BYTES))):
+        left -= len(data)
+        end = data.rfind(b"\n") + 1
+        if end:
+            yield b"".join([*begun, data[:end]]), raw.tell() - position
+            position, begun = raw.tell(), []
+        begun.append(data[end:])
+    if last := b"".join(begun):
+        yield last, raw.tell() - position
 
 
 def _line_start(raw: BinaryIO, position: int) -> int:
@@ -339,48 +338,15 @@ class _ZstdReader(io.RawIOBase):
         return True
 
 
-def _parse_lines(blocks: Iterator[tuple[list[bytes], int]], part: Slice, keys: Sequence[str]) -> Iterator[Batch]:
+def _jsonl(blocks: Iterator[tuple[bytes, int]], part: Slice, keys: Sequence[str]) -> Iterator[Batch]:
     row = 0
-    only_key = keys[0] if len(keys) == 1 else None
-    for lines, num_bytes in blocks:
+    for block, num_bytes in blocks:
         batch = new_batch(len(keys), num_bytes)
         if row == 0 and part.start == 0:
-            lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)  # some editors write it
-        texts = None if only_key is None else _plain_texts(lines, only_key)
-        if texts is not None:
-            batch.texts[0] = texts
-            batch.rows = list(range(row + 1, row + 1 + len(lines)))
-        else:
-            _parse_each(lines, row + 1, keys, batch)
-        row += len(lines)
-        batch.last_row = row
+            block = block.removeprefix(BYTE_ORDER_MARK) or b"\n"  # some editors write it; alone it is a blank line
+        parse_block(block, row + 1, keys, batch)
+        row = batch.last_row
         yield batch
-
-
-def _plain_texts(lines: Sequence[bytes], key: str) -> list[str] | None:
-    """The texts of lines that are all good records; None where one may not be, or no fast parser is installed."""
-    loads = fast_json()
-    if loads is None:
-        return None
-    try:
-        texts = [loads(line)[key] for line in lines]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return texts if set(map(type, texts)) <= {str} else None
-
-
-def _parse_each(lines: Sequence[bytes], first_row: int, keys: Sequence[str], batch: Batch) -> None:
-    """Add lines to a batch one by one: as a record, as a blank line, or as a bad record."""
-    for row, line in enumerate(lines, start=first_row):
-        if len(keys) == 1 and (text := _plain_texts([line], keys[0])) is not None:
-            batch.add(row, text)
-        elif not line or line.isspace():
-            batch.blank.append(row)
-        else:
-            try:
-                batch.add(row, parse_line(line.removesuffix(b"\n"), keys))
-            except BadRecord as bad:
-                batch.bad.append((row, str(bad)))
 
 
 def _one_text(data: bytes, num_bytes: int, keys: Sequence[str]) -> Batch:
@@ -392,51 +358,47 @@ def _one_text(data: bytes, num_bytes: int, keys: Sequence[str]) -> Batch:
 
 def _add_text(batch: Batch, row: int, data: bytes, keys: Sequence[str]) -> None:
     try:
-        batch.add(row, (decode_text(data),) * len(keys))
+        batch.add(row, (check_text(data),) * len(keys))
     except BadRecord as bad:
         batch.bad.append((row, str(bad)))
 
 
-def _without_end(line: bytes) -> bytes:
-    return line.removesuffix(b"\n").removesuffix(b"\r")
-
-
-def _text_lines(blocks: Iterator[tuple[list[bytes], int]], part: Slice, keys: Sequence[str]) -> Iterator[Batch]:
+def _text_lines(blocks: Iterator[tuple[bytes, int]], part: Slice, keys: Sequence[str]) -> Iterator[Batch]:
     row = 0
-    for lines, num_bytes in blocks:
+    for block, num_bytes in blocks:
         batch = new_batch(len(keys), num_bytes)
-        for line in lines:
+        for line in split_lines(block):
             row += 1
             if row == 1 and part.start == 0:
                 line = line.removeprefix(BYTE_ORDER_MARK)
             if not line or line.isspace():
                 batch.blank.append(row)
             else:
-                _add_text(batch, row, _without_end(line), keys)
+                _add_text(batch, row, line.removesuffix(b"\r"), keys)
         batch.last_row = row
         yield batch
 
 
-def _text_paragraphs(blocks: Iterator[tuple[list[bytes], int]], part: Slice, keys: Sequence[str]) -> Iterator[Batch]:
+def _text_paragraphs(blocks: Iterator[tuple[bytes, int]], part: Slice, keys: Sequence[str]) -> Iterator[Batch]:
     """A paragraph is a run of lines that are not blank; rows count paragraphs."""
     row, held, is_first = 0, [], True
-    for lines, num_bytes in blocks:
+    for block, num_bytes in blocks:
         batch = new_batch(len(keys), num_bytes)
-        for line in lines:
+        for line in split_lines(block):
             line = line.removeprefix(BYTE_ORDER_MARK) if is_first else line
             is_first = False
             if line and not line.isspace():
                 held.append(line)
             elif held:
                 row += 1
-                _add_text(batch, row, _without_end(b"".join(held)), keys)
+                _add_text(batch, row, b"\n".join(held).removesuffix(b"\r"), keys)
                 held = []
         batch.last_row = row
         yield batch
     if held:
         batch = new_batch(len(keys))
         batch.last_row = row + 1
-        _add_text(batch, row + 1, _without_end(b"".join(held)), keys)
+        _add_text(batch, row + 1, b"\n".join(held).removesuffix(b"\r"), keys)
         yield batch
 
 

@@ -1,16 +1,22 @@
 """A tokenizer in a process of its own, so that it loads while this one does something else.
 
 A tokenizer takes a tenth of a second to load and as long to be told from others (its fingerprint); a small corpus
-is tokenised in that time. The process answers one question at a time and ends with this one.
+is tokenised in that time. The process answers questions in the order in which they come, works out the fingerprint when
+there is none, and ends with this one:
+
+    this process    fork    ask   ask    load gigatoken       take   take    fingerprint
+    the other           load ............. answer, answer, fingerprint ......
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,7 +28,7 @@ from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ledom.data.workers import has_one_thread
 from megatron_ledom.errors import InputError, LedomError
 
-_FACTS = ("vocab_size", "eod_id", "fingerprint", "library")
+_FACTS = ("vocab_size", "eod_id", "library")
 
 
 @contextlib.contextmanager
@@ -51,6 +57,22 @@ def load_aside(
         process.join()
 
 
+class _Answer:
+    """What is still to come of the other process; called, it waits, and gives it or raises it."""
+
+    def __init__(self, receive: Callable[[_Answer], None]) -> None:
+        self.found: tuple[Exception | None, Any] | None = None
+        self._receive = receive
+
+    def __call__(self) -> Any:
+        self._receive(self)
+        assert self.found is not None
+        error, value = self.found
+        if error is not None:
+            raise error
+        return value
+
+
 class _AsideTokenizer(Tokenizer):
     """A tokenizer that another process holds. Only the process that made it may ask it; a pickled one loads itself."""
 
@@ -59,31 +81,46 @@ class _AsideTokenizer(Tokenizer):
         self.model = str(model if model is not None else vocab_file)
         self.origin = origin
         self._connection = connection
-
-    @cached_property
-    def _facts(self) -> dict[str, Any]:
-        return self._answer()
+        self._awaited: deque[_Answer] = deque()  # in the order in which they will come
+        self._facts = self._await()  # what it says first
 
     def __getattr__(self, name: str) -> Any:
         if name in _FACTS:
-            return self._facts[name]
+            return self._facts()[name]
         raise AttributeError(name)
 
-    def _answer(self) -> Any:
+    @cached_property
+    def fingerprint(self) -> str:
+        return self._ask("fingerprint")
+
+    def ask_ahead(self, name: str, *arguments: Any) -> Callable[[], Any]:
+        with contextlib.suppress(BrokenPipeError):  # it has said before why it ended, or was killed
+            self._connection.send((name, arguments))
+        answer = self._await()
+
+        def take() -> Any:
+            self._facts()  # what hindered it from loading comes first
+            return answer()
+
+        return take
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        return self.ask_ahead(name, *arguments)()
+
+    def _await(self) -> _Answer:
+        self._awaited.append(_Answer(self._receive))
+        return self._awaited[-1]
+
+    def _receive(self, answer: _Answer) -> None:
+        """Take what came until the answer is there."""
         try:
-            error, value = self._connection.recv()
+            while answer.found is None:
+                self._awaited[0].found = self._connection.recv()
+                self._awaited.popleft()
         except (EOFError, ConnectionResetError):
             raise InputError(
                 f"the process that loads {self.type} {self.model} was killed; out of memory? Try fewer --workers"
             ) from None
-        if error is not None:
-            raise error
-        return value
-
-    def _ask(self, method: str, *arguments: Any) -> Any:
-        _ = self._facts  # what it says first
-        self._connection.send((method, arguments))
-        return self._answer()
 
     def here(self) -> Tokenizer:
         """Return the same tokenizer, loaded in this process."""
@@ -112,13 +149,17 @@ class _AsideTokenizer(Tokenizer):
 def _serve(origin: tuple[Any, ...], connection: Connection, theirs: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     theirs.close()
+    gc.disable()  # a vocabulary is many objects without a cycle, and looking for one takes a third of the time
     try:
         kind, model, vocab_file, merge_file = origin
         tokenizer = load_tokenizer(kind, model, vocab_file=vocab_file, merge_file=merge_file)
         connection.send((None, {name: getattr(tokenizer, name) for name in _FACTS}))
         while True:
-            method, arguments = connection.recv()
-            connection.send((None, getattr(tokenizer, method)(*arguments)))
+            if not connection.poll():
+                _ = tokenizer.fingerprint  # it will be asked for
+            name, arguments = connection.recv()
+            asked = getattr(tokenizer, name)
+            connection.send((None, asked(*arguments) if callable(asked) else asked))
     except (EOFError, BrokenPipeError, ConnectionResetError):  # nobody asks any more
         return
     except LedomError as error:

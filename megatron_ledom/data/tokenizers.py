@@ -16,7 +16,8 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,9 +57,12 @@ class Tokenizer(abc.ABC):
         """Pickled as what it was loaded from, so that it is loaded anew in another process."""
         return _load_again, self.origin
 
-    def __init__(self, *, type: str, model: str, vocab_size: int, eod_id: int, fingerprint: str) -> None:
-        self.type, self.model = type, model
-        self.vocab_size, self.eod_id, self.fingerprint = vocab_size, eod_id, fingerprint
+    def __init__(self, *, type: str, model: str, vocab_size: int, eod_id: int) -> None:
+        self.type, self.model, self.vocab_size, self.eod_id = type, model, vocab_size, eod_id
+
+    @property
+    @abc.abstractmethod
+    def fingerprint(self) -> str: ...  # noqa: D102
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -84,9 +88,19 @@ class Tokenizer(abc.ABC):
     def special_texts(self) -> list[str]:
         """Return the tokens that a library may treat in a way of its own when they stand in a text."""
 
+    def special_samples(self, most: int) -> list[tuple[str, str, np.ndarray]]:
+        """Return each of the first `most` special texts, a text that holds it in several ways, and the ids of that."""
+        tokens = self.special_texts()[:most]
+        texts = [f"a{token}b {token} c\n{token}{token}" for token in tokens]
+        return list(zip(tokens, texts, self.encode_batch(texts), strict=True))
+
     def here(self) -> Tokenizer:
         """Return a tokenizer of the same ids that is loaded in this process, and may be used in its forks."""
         return self
+
+    def ask_ahead(self, name: str, *arguments: Any) -> Callable[[], Any]:
+        """Return what gives the answer of a method, which another process may work on meanwhile."""
+        return partial(getattr(self, name), *arguments)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of one text, natural order; int32 [n]."""
@@ -108,9 +122,22 @@ class _HuggingFace(Tokenizer):
 
     library = "tokenizers"
 
-    def __init__(self, backend: Any, content: str, cutter: Cutter, **facts: Any) -> None:
+    def __init__(self, backend: Any, **facts: Any) -> None:
         super().__init__(**facts)
-        self._backend, self._content, self._cutter = backend, content, cutter
+        self._backend = backend
+
+    @cached_property
+    def _content(self) -> str:
+        return self._backend.to_str()
+
+    @cached_property
+    def _cutter(self) -> Cutter:
+        return Cutter(json.loads(self._content))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        content, split_special = _canonical(json.loads(self._content)), self._backend.encode_special_tokens
+        return _fingerprint({"tokenizer": content, "eod_id": self.eod_id, "split_special": split_special})
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if any(len(text) > PIECE_CHARS for text in texts):
@@ -148,6 +175,11 @@ class _SentencePiece(Tokenizer):
     def __init__(self, processor: Any, **facts: Any) -> None:
         super().__init__(**facts)
         self._processor = processor
+
+    @cached_property
+    def fingerprint(self) -> str:
+        proto = hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
+        return _fingerprint({"sentencepiece": proto, "eod_id": self.eod_id})
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         arrays = self._processor.encode(list(texts), out_type="numpy", num_threads=1)
@@ -336,14 +368,8 @@ def _load_sentencepiece(tokenizer_type: str, path: Path) -> Tokenizer:
     eod_id = processor.eos_id()
     if eod_id < 0:
         raise InputError(f"{path} was trained without an end-of-sentence piece, so documents cannot be told apart")
-    proto = hashlib.sha256(processor.serialized_model_proto()).hexdigest()
     return _SentencePiece(
-        processor,
-        type=tokenizer_type,
-        model=str(path),
-        vocab_size=processor.get_piece_size(),
-        eod_id=eod_id,
-        fingerprint=_fingerprint({"sentencepiece": proto, "eod_id": eod_id}),
+        processor, type=tokenizer_type, model=str(path), vocab_size=processor.get_piece_size(), eod_id=eod_id
     )
 
 
@@ -369,23 +395,14 @@ def _read_backend(path: Path) -> Any:
 def _wrap_backend(backend: Any, tokenizer_type: str, model: Path, eod_token: str) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
-    written = backend.to_str()
-    content = json.loads(written)
-    if content["model"].get("dropout"):
-        raise InputError(
-            f"{model}: the tokenizer has BPE dropout {content['model']['dropout']}, so its ids are random; remove it"
-        )
-    eod_id = backend.token_to_id(eod_token)
-    facts = {"tokenizer": _canonical(content), "eod_id": eod_id, "split_special": backend.encode_special_tokens}
+    if dropout := getattr(backend.model, "dropout", None):
+        raise InputError(f"{model}: the tokenizer has BPE dropout {dropout}, so its ids are random; remove it")
     return _HuggingFace(
         backend,
-        written,
-        Cutter(content),
         type=tokenizer_type,
         model=str(model),
         vocab_size=backend.get_vocab_size(with_added_tokens=True),
-        eod_id=eod_id,
-        fingerprint=_fingerprint(facts),
+        eod_id=backend.token_to_id(eod_token),
     )
 
 

@@ -23,6 +23,8 @@ sys.path.insert(0, sys.argv[1])
 from megatron_ledom.ops.kernels import cuda_variants, describe_kernels, kernels
 print(describe_kernels())
 print([variant.name for variant in cuda_variants()])
+from megatron_ledom.data.records import compiled_reader
+assert compiled_reader()(b'{"text": "a"}', ["text"]) == ([[b"a"]], [])
 call = kernels().Call(1, [1, 1, 1, 1, 64], [1, 0], [0, 0], 1.0, 1, 0, 0)
 try:
     kernels().attention_forward(call, [[64, 64, 64, 64]] * 4, 64, "sm80")
@@ -60,6 +62,8 @@ def describe(wheel: Path) -> list[str]:
     (library,) = folder.glob("megatron_ledom/ops/_kernels*.so")
     needed = run_command(["readelf", "-d", str(library)])
     assert "libgomp" in needed and "cuda" not in needed, needed
+    (reader,) = folder.glob("megatron_ledom/data/_records*.so")
+    assert "libgomp" not in run_command(["readelf", "-d", str(reader)])
     exported = run_command(["nm", "-D", "--defined-only", str(library)]).splitlines()
     assert any("PyInit__kernels" in line for line in exported)
     assert not [line for line in exported if "cuda" in line.lower()], "the runtime's names must not be seen by others"

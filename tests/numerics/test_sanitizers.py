@@ -1,4 +1,6 @@
-"""The CPU kernels under the address and undefined-behaviour sanitizers, against a plain double loop in C++."""
+"""csrc/ under the address and undefined-behaviour sanitizers: the CPU kernels against a plain double loop in C++, and
+the reader of JSONL on lines that are damaged in every way.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +29,29 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno
 FLAGS = {"portable": (), "avx2": ("-mavx2", "-mfma"), "avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mfma")}
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_no_byte_out_of_bounds_and_nothing_undefined(name: str, tmp_path: Path) -> None:
+def run_check(sources: tuple[str, ...], more_flags: tuple[str, ...], folder: Path) -> str:
+    """Compile a program with the sanitizers and run it; returns what it said."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    assert compiler, "the kernels were built on this machine, but its compiler is gone: set CXX"
-    path = cpu_paths()[0]
-    program = tmp_path / "check"
-    flags = ["-std=c++17", "-O1", "-fopenmp", "-ffp-contract=fast", "-Wno-psabi", *FLAGS[path], *SANITIZERS, "-Icsrc"]
-    command = [compiler, *flags, *CHECKS[name], "-o", str(program)]
+    assert compiler, "the extensions were built on this machine, but its compiler is gone: set CXX"
+    program = folder / "check"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wno-psabi", *more_flags, *SANITIZERS, "-Icsrc"]
+    command = [compiler, *flags, *sources, "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert built.returncode == 0, built.stderr[-3000:]
     # libgomp keeps its threads until the end, which the leak check would report.
     env = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
     done = subprocess.run([str(program)], capture_output=True, text=True, env=env, check=False)
-    print(path, done.stdout)
+    print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert done.stdout.startswith("worst error ")
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_no_byte_out_of_bounds_and_nothing_undefined(name: str, tmp_path: Path) -> None:
+    flags = ("-fopenmp", "-ffp-contract=fast", *FLAGS[cpu_paths()[0]])
+    assert run_check(CHECKS[name], flags, tmp_path).startswith("worst error ")
+
+
+def test_no_line_makes_the_reader_look_beyond_it(tmp_path: Path) -> None:
+    said = run_check(("csrc/tests/jsonl_check.cpp", "csrc/records/jsonl.cpp"), (), tmp_path)
+    assert said.endswith(" 0 faults\n")

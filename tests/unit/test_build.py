@@ -14,7 +14,8 @@ import pytest
 
 from megatron_ledom.testing import REPOSITORY
 
-EXTENSION = "_kernels" + str(sysconfig.get_config_var("EXT_SUFFIX"))
+SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
+EXTENSIONS = [f"megatron_ledom/ops/_kernels{SUFFIX}", f"megatron_ledom/data/_records{SUFFIX}"]
 
 
 def tracked(*folders: str) -> list[str]:
@@ -43,20 +44,22 @@ def build(tree: Path, *words: str, **environment: str) -> subprocess.CompletedPr
 
 @pytest.mark.parametrize("wish", ["none", "auto"])
 def test_what_is_not_built_leaves_no_earlier_extension(tree: Path, wish: str) -> None:
-    in_place = tree / "megatron_ledom/ops" / EXTENSION
-    built = tree / "lib/megatron_ledom/ops" / EXTENSION
-    built.parent.mkdir(parents=True)
-    for path in (in_place, built):
+    in_place = [tree / name for name in EXTENSIONS]
+    built = [tree / "lib" / name for name in EXTENSIONS]
+    for path in (*in_place, *built):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"of an earlier build")
     words = ("build_ext", "--build-lib", "lib", "--build-temp", "objects")
     done = build(tree, *words, LEDOM_KERNELS=wish)
     assert done.returncode == 0 and "not built" in done.stdout.lower(), done.stdout + done.stderr
-    assert not built.exists() and "removed that of an earlier build: " in done.stdout
-    assert in_place.exists(), "nobody asked for anything in place"
-    built.write_bytes(b"of an earlier build")
+    assert done.stdout.count("removed that of an earlier build: ") == 2 and not any(p.exists() for p in built)
+    assert all(path.exists() for path in in_place), "nobody asked for anything in place"
+    for path in built:
+        path.write_bytes(b"of an earlier build")
     done = build(tree, *words, "--inplace", LEDOM_KERNELS=wish)
     assert done.returncode == 0, done.stderr
-    assert not built.exists() and not in_place.exists() and done.stdout.count("removed that of an earlier build: ") == 2
+    assert not any(path.exists() for path in (*in_place, *built))
+    assert done.stdout.count("removed that of an earlier build: ") == 4
 
 
 def test_nvcc_hears_no_flags_of_the_environment(tree: Path) -> None:
