@@ -107,10 +107,17 @@ def make_corpus(folder: Path, path: Path, limit_bytes: int) -> Path:
     return path
 
 
+def clear(args: argparse.Namespace, name: str) -> None:
+    """Remove what a run before wrote, so that none has to replace it."""
+    for path in args.work.glob(f"{name}_*"):
+        path.unlink()
+
+
 def run_ours(args: argparse.Namespace, flags: list[str], backend: str) -> Run:
     """Run our tool from start to end."""
+    clear(args, "ours")
     command = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), "--input", str(args.corpus)]
-    command += ["--output-prefix", str(args.work / "ours"), "--append-eod", "--overwrite", *flags]
+    command += ["--output-prefix", str(args.work / "ours"), "--append-eod", *flags]
     command += ["--workers", str(args.workers), "--tokenizer-backend", backend]
     return run_measured(command, tool_environment())
 
@@ -126,6 +133,7 @@ def run_bare(args: argparse.Namespace, library: str) -> dict[str, float]:
 
 def run_megatron(args: argparse.Namespace, flags: list[str], tool: str) -> Run:
     """Run one of Megatron-LM's own tools."""
+    clear(args, "theirs")
     command = [sys.executable, str(args.megatron_lm / "tools" / tool), "--input", str(args.corpus)]
     command += ["--output-prefix", str(args.work / "theirs"), "--append-eod", *flags]
     command += ["--use-gigatoken"] if "fast" in tool else ["--workers", str(args.workers)]

@@ -25,6 +25,7 @@ from megatron_ledom.direction import ConditionedIds, Direction, condition, to_mo
 from megatron_ledom.engine.device import resolve_device
 from megatron_ledom.errors import InputError
 from megatron_ledom.inference import DEFAULT_BATCH_TOKENS
+from megatron_ledom.inference.cpu_kernels import use_cpu_kernels
 from megatron_ledom.inference.folder import FolderRecord, check_direction, load_record
 from megatron_ledom.inference.sampling import Sampling, WrittenText
 from megatron_ledom.inference.scoring import TokenScorer
@@ -66,6 +67,7 @@ class DirectedLM:
     direction: ClassVar[Direction]
 
     def __init__(self, record: FolderRecord, model: Any, tokenizer: Any) -> None:
+        use_cpu_kernels(model)
         self.record = record
         self.model = model
         self.tokenizer = tokenizer

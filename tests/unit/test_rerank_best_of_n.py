@@ -78,7 +78,7 @@ def test_rewards_and_ranks_follow_from_the_models_own_scores(
                 "char": (len(text), len(asked["question"])),
             }[normalize]
             reward = 0.7 * of_answer.logprob / lengths[0] + 0.3 * of_question.logprob / lengths[1]
-            assert candidate["reward"] == pytest.approx(reward, abs=1e-5)
+            assert candidate["reward"] == pytest.approx(reward, rel=1e-6)
         rewards = [c["reward"] for c in ranked]
         assert rewards == sorted(rewards, reverse=True)
 
