@@ -200,6 +200,10 @@ def measure(folder: Path, way: str, workload: str, num_pairs: str, answers: str)
         lm: Any = ReverseLM.load(folder, device="cpu", assume_direction="reverse")
     else:
         lm = ForwardLM.load(folder, device="cpu")
+    if way != "ours":  # as a user of transformers has it, without our kernels
+        from transformers import AutoModelForCausalLM
+
+        lm.model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     shortest, longest = map(int, answers.split("-"))
     layouts = build_layouts(lm, workload, int(num_pairs), shortest, longest)
     WAY_FUNCTIONS[way](lm, layouts[:1])  # what is done once in a process

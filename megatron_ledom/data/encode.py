@@ -34,7 +34,7 @@ from megatron_ledom.data.workers import Report
 from megatron_ledom.direction import Direction, flip, flip_groups, stored_batch, stored_document
 from megatron_ledom.errors import InputError, TokenizerMismatchError
 
-_COMPARED_CHARS = 8192  # the size of the document of each shard that is compared with the reference
+_COMPARED_BYTES = 8192  # the size of the document of each shard that is compared with the reference
 
 
 class Sample(NamedTuple):
@@ -224,7 +224,7 @@ class _ShardMaker:
             natural = task.encoder.encode_batch(texts)
             kept = natural if all(map(len, natural)) else [ids for ids in natural if len(ids)]
             flat = stored_batch(kept, task.direction, self._eod)
-            self._take_sample(part, batch.rows[0], texts[0].decode("utf-8"), natural[0])
+            self._take_sample(part, batch.rows[0], texts[0], natural[0])
         else:
             natural, flat = self._encode_sentences(task.splitter, texts, files["sent"])
             kept = [ids for ids in natural if len(ids)]
@@ -245,7 +245,7 @@ class _ShardMaker:
         self._files[0]["pair"].write(question_lengths.astype("<u4"))
         self._record.keys[0].text_bytes += sum(len(text) for texts in batch.texts for text in texts)
         after_question, _ = separator_places(self._task.pairs.separator, self._task.direction)
-        text, ids = batch.texts[0][0].decode("utf-8") + after_question, natural[0][: question_lengths[0]]
+        text, ids = batch.texts[0][0] + after_question.encode(), natural[0][: question_lengths[0]]
         self._take_sample(part, batch.rows[0], text, ids)
         return []
 
@@ -273,10 +273,10 @@ class _ShardMaker:
         files["len"].write(lengths)
         files["crc"].write(crcs)
 
-    def _take_sample(self, part: Slice, row: int, text: str, ids: np.ndarray) -> None:
+    def _take_sample(self, part: Slice, row: int, text: bytes, ids: np.ndarray) -> None:
         """Keep a document of the shard for the comparison, where it is made by the fast library."""
-        if self._is_sampled and self.sample is None and 0 < len(text) <= _COMPARED_CHARS:
-            self.sample = Sample(part, row, text, ids)
+        if self._is_sampled and self.sample is None and 0 < len(text) <= _COMPARED_BYTES:
+            self.sample = Sample(part, row, text.decode("utf-8"), ids)
 
     def _encode_sentences(
         self, splitter: SentenceSplitter, texts: list[bytes], file: Part
