@@ -142,14 +142,14 @@ def choose_backend(tokenizer: Tokenizer, asked: str, corpus_texts: Iterable[str]
             )
         return ReferenceEncoder(tokenizer)
     texts = [*probe_texts(), *corpus_texts]  # here, so that trouble with the corpus is not taken for the tokenizer's
-    special, right = tokenizer.ask_ahead("special_samples", _MAX_SPECIAL), tokenizer.ask_ahead("encode_batch", texts)
+    answers = tokenizer.ask_ahead("answer_probes", _MAX_SPECIAL, texts)
     why = None
     try:
         fast = FastEncoder(tokenizer)  # loads while the tokenizer still does, where that has a process of its own
-        samples = special()
+        samples, right_ids = answers()
         avoid = [token for token, text, ids in samples if first_difference(tokenizer, fast, [text], [ids])]
         fast.avoid = tuple(avoid) if len(avoid) <= _MAX_AVOIDED else ()
-        right_ids = [*(ids for _, _, ids in samples), *right()]
+        right_ids = [*(ids for _, _, ids in samples), *right_ids]
         why = first_difference(tokenizer, fast, [*(text for _, text, _ in samples), *texts], right_ids)
     except LedomError:  # of the reference itself
         raise

@@ -1,11 +1,13 @@
 """A tokenizer in a process of its own, so that it loads while this one does something else.
 
 A tokenizer takes a tenth of a second to load and as long to be told from others (its fingerprint); a small corpus
-is tokenised in that time. The process answers questions in the order in which they come, works out the fingerprint when
-there is none, and ends with this one:
+is tokenised in that time. The process answers one question at a time, works out the fingerprint while there is none,
+and ends with this one:
 
-    this process    fork    ask   ask    load gigatoken       take   take    fingerprint
-    the other           load ............. answer, answer, fingerprint ......
+    this process    fork  ask    load gigatoken ........  take    fingerprint
+    the other       load ........  answer    fingerprint ...
+
+No question is sent before the last answer has come: both would wait for the other where neither fits into the pipe.
 """
 
 from __future__ import annotations
@@ -94,6 +96,9 @@ class _AsideTokenizer(Tokenizer):
         return self._ask("fingerprint")
 
     def ask_ahead(self, name: str, *arguments: Any) -> Callable[[], Any]:
+        if unanswered := [answer for answer in self._awaited if answer is not self._facts]:
+            self._facts()
+            self._receive(unanswered[-1])
         with contextlib.suppress(BrokenPipeError):  # it has said before why it ended, or was killed
             self._connection.send((name, arguments))
         answer = self._await()

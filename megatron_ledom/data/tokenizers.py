@@ -88,18 +88,25 @@ class Tokenizer(abc.ABC):
     def special_texts(self) -> list[str]:
         """Return the tokens that a library may treat in a way of its own when they stand in a text."""
 
-    def special_samples(self, most: int) -> list[tuple[str, str, np.ndarray]]:
-        """Return each of the first `most` special texts, a text that holds it in several ways, and the ids of that."""
+    def answer_probes(
+        self, most: int, texts: Sequence[str]
+    ) -> tuple[list[tuple[str, str, np.ndarray]], list[np.ndarray]]:
+        """Give what other libraries are compared with.
+
+        Returns:
+            Each of the first `most` special texts, a text that holds it in several ways, and the ids of that; and the
+            ids of `texts`.
+        """
         tokens = self.special_texts()[:most]
-        texts = [f"a{token}b {token} c\n{token}{token}" for token in tokens]
-        return list(zip(tokens, texts, self.encode_batch(texts), strict=True))
+        samples = [f"a{token}b {token} c\n{token}{token}" for token in tokens]
+        return list(zip(tokens, samples, self.encode_batch(samples), strict=True)), self.encode_batch(texts)
 
     def here(self) -> Tokenizer:
         """Return a tokenizer of the same ids that is loaded in this process, and may be used in its forks."""
         return self
 
     def ask_ahead(self, name: str, *arguments: Any) -> Callable[[], Any]:
-        """Return what gives the answer of a method, which another process may work on meanwhile."""
+        """Return what gives the answer of a method, which another process may work on meanwhile; one at a time."""
         return partial(getattr(self, name), *arguments)
 
     def encode(self, text: str) -> np.ndarray:
