@@ -15,11 +15,13 @@ from megatron_ledom.testing import REPOSITORY, tool_environment
 
 # Two commands at a time, from threads, as the experiment trains its twins.
 PROGRAM = """
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from runner import Runner, Step
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would this
 runner = Runner(Path(sys.argv[1]), environment={})
 sleep = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 
