@@ -96,6 +96,7 @@ class _AsideTokenizer(Tokenizer):
         return self._ask("fingerprint")
 
     def ask_ahead(self, name: str, *arguments: Any) -> Callable[[], Any]:
+        """Send a question now; what is returned waits for the answer, and gives it or raises it."""
         if unanswered := [answer for answer in self._awaited if answer is not self._facts]:
             self._facts()
             self._receive(unanswered[-1])

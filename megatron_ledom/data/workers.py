@@ -111,6 +111,7 @@ class _Worker:
             self.connection.send(item)
 
     def receive(self, doing: str) -> tuple[str, Any]:
+        """Return the kind and value of the next message; raises InputError where the worker died."""
         try:
             kind, value = self.connection.recv()
         except (EOFError, ConnectionResetError):

@@ -179,6 +179,7 @@ def _extra_arguments(
     front, _ = build_front_parser().parse_known_args(argv)
 
     def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Add what this project knows to Megatron's parser."""
         add_ledom_arguments(parser)
         named = named_on_command_line(parser, argv)
         defaults = build_defaults(front, device, named, model or {})

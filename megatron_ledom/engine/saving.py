@@ -134,7 +134,10 @@ class _Redirect:
         return finish
 
     def save(self, original: Callable[..., None]) -> Callable[..., None]:
+        """Wrap `save_checkpoint`: written under another name, and closed by the hooks whatever came of it."""
+
         def save_checkpoint(iteration: int, model: Any, *args: Any, **kwargs: Any) -> None:
+            """Save as Megatron does, into the folder that the hooks prepared; a write that failed ends no run."""
             from megatron.core.dist_checkpointing.core import CheckpointingException
             from megatron.training import get_args
             from torch.distributed.checkpoint.api import CheckpointException
@@ -169,7 +172,10 @@ class _Redirect:
         return schedule_async_save
 
     def finalize(self, original: Callable[..., None]) -> Callable[..., None]:
+        """Wrap `maybe_finalize_async_save`: a background save that failed is closed, and ends no run."""
+
         def maybe_finalize_async_save(blocking: bool = False, terminate: bool = False) -> None:
+            """Finalise as Megatron does; after a failure once more, for what else is pending."""
             from torch.distributed.checkpoint.api import CheckpointException
 
             try:

@@ -54,6 +54,7 @@ def install(hooks: StepHooks) -> None:
         *rest: Any,
         **kw: Any,
     ) -> Any:
+        """Take Megatron's step, with the hooks asked between gradients and update."""
         nonlocal is_in_step
         step = kw["iteration"] + 1
         prepare_grads = optimizer.prepare_grads

@@ -21,7 +21,7 @@ from megatron_ledom.ops.mask import model_order_mask
 NAME = "ledom_cpu"
 REPLACED = "sdpa"
 # What transformers passes to every attention function and what changes nothing in it.
-_HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
+_HARMLESS = {"position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict"}
 # A product of fewer rows is no faster by oneDNN.
 LEAST_ROWS = 16
 

@@ -22,6 +22,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor, group: Any) -> torch.Tensor:
+        """Return the loss of each row, fp32 [N]; V is cut over the ranks of `group`."""
         ranks = 1 if group is None else group.size()
         first = 0 if ranks == 1 else group.rank() * logits_NV.shape[1]
         maximum, total, predicted = logit_statistics(logits_NV, targets_N, first)

@@ -123,6 +123,7 @@ class _Products(torch.autograd.Function):
     def forward(
         ctx: Any, x_MK: torch.Tensor, w_NK: torch.Tensor, recipe: str, history: History, is_learning: bool
     ) -> torch.Tensor:
+        """Return y [M, N] from the rounded operands, and keep these for the gradients."""
         ctx.recipe, ctx.history, ctx.is_learning = recipe, history, is_learning
         x8, w8 = _round(x_MK, INPUT, recipe, history), _round(w_NK, WEIGHT, recipe, history)
         # Blocks of x run along the summed axis, which is K here and M for the gradient of the weight.
@@ -135,6 +136,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of x and w, from the rounded gradient of y."""
         (dy_MN,) = grads
         x_values, x_inverse, w_values, w_inverse = ctx.saved_tensors
         dy8 = _round(dy_MN, GRADIENT, ctx.recipe, ctx.history)

@@ -123,6 +123,7 @@ def attention_op() -> Any:
         scale: float,
         path: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the output and the rows' logarithms."""
         q, k, v = (rows_aligned(x) for x in (q, k, v))
         output, lse = empty_results(q)
         launch_forward((q, k, v), output, lse, _documents(first, last), [left, right], scale, path)
@@ -165,6 +166,7 @@ def attention_backward_op() -> Any:
         scale: float,
         path: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Compute d_q, d_k and d_v."""
         q, k, v, output, d_output = (rows_aligned(x) for x in (q, k, v, output, d_output))
         d_q, d_k, d_v = (empty_like_rows(x) for x in (q, k, v))
         launch_backward(

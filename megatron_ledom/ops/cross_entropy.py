@@ -125,6 +125,7 @@ def logit_statistics_op() -> Any:
     def statistics(
         logits: torch.Tensor, targets: torch.Tensor, first: int, path: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Compute maximum, sum and predicted logit of every row."""
         logits, targets = logits.contiguous(), targets.contiguous()
         results = _empty_statistics(logits)
         kernels().cross_entropy_forward_cpu(

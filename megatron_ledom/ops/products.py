@@ -51,6 +51,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the gradients that are wanted: of x by oneDNN, of the weight by torch."""
         (dy,) = grads
         x, w_NK = ctx.saved_tensors
         dx = dw_NK = None

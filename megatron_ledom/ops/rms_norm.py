@@ -85,6 +85,7 @@ def rms_norm_backward_op() -> Any:
     def backward(
         d_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, path: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the gradients of x and weight."""
         d_y, x, weight = d_y.contiguous(), x.contiguous(), weight.contiguous()
         gradients = torch.empty_like(x), torch.empty_like(weight)
         kernels().rms_norm_backward_cpu(

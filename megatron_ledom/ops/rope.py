@@ -92,6 +92,7 @@ def rope_op() -> Any:
         interleaved: bool,
         inverse: bool,
     ) -> torch.Tensor:
+        """Turn x by its positions."""
         x, cosines, sines = rows_contiguous(x), cosines.contiguous(), sines.contiguous()
         turned = empty_like_rows(x)
         documents = None if first is None or last is None else Documents(first.contiguous(), last.contiguous())

@@ -65,6 +65,7 @@ class Safety:
         args, numbers = self._args, self._numbers
 
         def watched_step(data_iterator: Any, model: Any) -> tuple[Any, Callable[[torch.Tensor], Any]]:
+            """Take the forward step between the signs of life and the drills."""
             step = args.curr_iteration + 1
             self._watch.tick(step)
             if not model.training:
