@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from measuring import Run, run_measured, say, spread, write_record
 
-from megatron_ledom.testing import REPOSITORY, tool_environment
+from megatron_ledom.testing import REPOSITORY
 
 AIMS = {"gigatoken": 0.6, "tokenizers": 0.9}
 MAX_TREE_BYTES = 2**30
@@ -107,6 +107,16 @@ def make_corpus(folder: Path, path: Path, limit_bytes: int) -> Path:
     return path
 
 
+def plain_environment(path: Path, **extra: str) -> dict[str, str]:
+    """A user's environment: what the tests' has besides (no dynamo, one thread) shortens the start of some contestants.
+
+    Args:
+        path: whose modules are imported.
+        extra: for this contestant.
+    """
+    return {**os.environ, "PYTHONPATH": str(path), "HF_HUB_OFFLINE": "1", **extra}
+
+
 def clear(args: argparse.Namespace, name: str) -> None:
     """Remove what a run before wrote, so that none has to replace it."""
     for path in args.work.glob(f"{name}_*"):
@@ -119,12 +129,14 @@ def run_ours(args: argparse.Namespace, flags: list[str], backend: str) -> Run:
     command = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), "--input", str(args.corpus)]
     command += ["--output-prefix", str(args.work / "ours"), "--append-eod", *flags]
     command += ["--workers", str(args.workers), "--tokenizer-backend", backend]
-    return run_measured(command, tool_environment())
+    return run_measured(command, plain_environment(REPOSITORY))
 
 
 def run_bare(args: argparse.Namespace, library: str) -> dict[str, float]:
     """Run a library alone, on as many threads as we have workers; return its own times."""
-    environment = tool_environment({"RAYON_NUM_THREADS": str(args.workers), "TOKENIZERS_PARALLELISM": "true"})
+    environment = plain_environment(
+        REPOSITORY, RAYON_NUM_THREADS=str(args.workers), TOKENIZERS_PARALLELISM="true", OPENBLAS_NUM_THREADS="1"
+    )
     files = {"vocab_file": args.vocab_file, "merge_file": args.merge_file, "model": args.tokenizer_model}
     given = json.dumps({name: value for name, value in files.items() if value is not None})
     command = [sys.executable, "-c", BARE[library], args.tokenizer_type, given, str(args.corpus)]
@@ -137,8 +149,7 @@ def run_megatron(args: argparse.Namespace, flags: list[str], tool: str) -> Run:
     command = [sys.executable, str(args.megatron_lm / "tools" / tool), "--input", str(args.corpus)]
     command += ["--output-prefix", str(args.work / "theirs"), "--append-eod", *flags]
     command += ["--use-gigatoken"] if "fast" in tool else ["--workers", str(args.workers)]
-    environment = tool_environment({"PYTHONPATH": str(args.megatron_lm)})
-    return run_measured(command, environment)
+    return run_measured(command, plain_environment(args.megatron_lm))
 
 
 def has_same_documents(ours: Path, theirs: Path) -> bool:
@@ -176,7 +187,7 @@ def run_datatrove(args: argparse.Namespace) -> Run:
     script.write_text(DATATROVE, encoding="utf-8")
     tokenizer = Path(args.tokenizer_model) / "tokenizer.json"
     words = [parts, "*.jsonl", output, tokenizer, "<|endoftext|>", args.workers]
-    return run_measured([str(args.datatrove), str(script), *map(str, words)], {**os.environ, "HF_HUB_OFFLINE": "1"})
+    return run_measured([str(args.datatrove), str(script), *map(str, words)], plain_environment(args.work))
 
 
 def tokenizer_flags(args: argparse.Namespace) -> list[str]:

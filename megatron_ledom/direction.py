@@ -8,7 +8,8 @@ Two orders exist, and every array of ids is named after the one it is in:
 A *direction* is a fact about data and about weights. It is written into the
 manifest of a dataset, the arguments of a checkpoint and the configuration of an
 exported model, and read from there. Nothing here knows a tokenizer, a file format
-or a framework: `flip` takes lists, numpy arrays and torch tensors alike.
+or a framework: `flip` takes lists, numpy arrays and torch tensors alike. numpy is imported where arrays are made, so
+that a tool can name the directions, and start what takes long, without waiting for it.
 
 A document on disk, with `--append-eod` (E is the end-of-document id):
 
@@ -26,11 +27,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from megatron_ledom.errors import DirectionError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Direction(enum.StrEnum):
@@ -98,6 +100,8 @@ def stored_document(ids_nat: np.ndarray, direction: Direction, eod_id: int | Non
     >>> stored_document(np.array([5, 6, 7]), Direction.REVERSE, eod_id=0)
     array([7, 6, 5, 0])
     """
+    import numpy as np
+
     ids = to_model_order(ids_nat, direction)
     return ids if eod_id is None else np.concatenate([ids, np.array([eod_id], dtype=ids.dtype)])
 
@@ -132,6 +136,8 @@ def flip_groups(ids: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
     >>> flip_groups(np.array([1, 2, 3, 8, 9]), np.array([3, 2]))
     array([8, 9, 1, 2, 3])
     """
+    import numpy as np
+
     ends = np.cumsum(group_sizes)
     assert (int(ends[-1]) if len(ends) else 0) == len(ids), (group_sizes, len(ids))
     groups = [ids[end - size : end] for size, end in zip(group_sizes, ends, strict=True)]
@@ -158,6 +164,8 @@ def stored_batch(documents_nat: Sequence[np.ndarray], direction: Direction, eod_
     >>> stored_batch([np.array([1, 2, 3]), np.array([8, 9])], Direction.REVERSE, eod_id=0)
     array([3, 2, 1, 0, 9, 8, 0])
     """
+    import numpy as np
+
     if not documents_nat:
         return np.empty(0, dtype=np.int32)
     parts: list[np.ndarray] = list(to_model_order(list(documents_nat), direction))

@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
 
     start = time.monotonic()
     named = (args.tokenizer_type, args.tokenizer_model, args.vocab_file, args.merge_file)
-    with load_aside(*named) as tokenizer:  # it loads while the rest is imported
+    with load_aside(*named) as tokenizer:  # it loads while numpy and the rest are imported
         from megatron_ledom.data.preprocess import PreprocessConfig, preprocess
 
         fields = vars(args) | {"inputs": args.input, "direction": Direction(args.direction)}

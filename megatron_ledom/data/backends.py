@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,14 +59,19 @@ class Encoder(Protocol):
 
 
 class ReferenceEncoder:
-    """The tokenizer's own library."""
+    """The tokenizer's own library.
+
+    It works in a thread: half of its time goes into small pieces of memory, and a thread takes these from an arena of
+    its own, where they lie close together, and not from between the words of the vocabulary (a fifth less time).
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.name, self._tokenizer = tokenizer.library, tokenizer.here()
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Return the ids of each text; int32."""
-        return self._tokenizer.encode_batch([text.decode("utf-8") for text in texts])
+        with ThreadPoolExecutor(1) as thread:  # it ends at once: a process of one thread can be forked
+            return thread.submit(self._tokenizer.encode_batch, [text.decode("utf-8") for text in texts]).result()
 
 
 class FastEncoder:
@@ -174,11 +180,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def first_difference(
-    tokenizer: Tokenizer, fast: Encoder, texts: Sequence[str], right_ids: Sequence[np.ndarray] | None = None
+    tokenizer: Tokenizer, fast: Encoder, texts: Sequence[str], right_ids: Sequence[Sequence[int]] | None = None
 ) -> str | None:
     """Say where an encoder first departs from the reference, whose ids may be given; None where all are equal."""
-    right_ids = tokenizer.encode_batch(texts) if right_ids is None else right_ids
-    for text, right in zip(texts, right_ids, strict=True):
+    right_ids = tokenizer.encode_short(texts) if right_ids is None else right_ids
+    for text, right_list in zip(texts, right_ids, strict=True):
+        right = np.array(right_list, dtype=np.int32)
         (found,) = fast.encode_batch([text.encode("utf-8")])
         if len(found) != len(right) or not np.array_equal(found, right):
             unequal = np.flatnonzero(found[: len(right)] != right[: len(found)])

@@ -13,6 +13,7 @@ No ids travel between processes. Memory: `BLOCK_BYTES` of text at a time, or a d
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from megatron_ledom.data.records import Batch
 from megatron_ledom.data.sentences import SentenceSplitter
 from megatron_ledom.data.shards import HashedPart, KeyRecord, Part, ShardRecord, WorkFolder
 from megatron_ledom.data.sources import Slice, Source, read_slice, rows_before
-from megatron_ledom.data.tokenizers import Tokenizer
+from megatron_ledom.data.tokenizers import Answer, Tokenizer
 from megatron_ledom.data.workers import Report
 from megatron_ledom.direction import Direction, flip, flip_groups, stored_batch, stored_document
 from megatron_ledom.errors import InputError, TokenizerMismatchError
@@ -117,29 +118,61 @@ class EncodeTask:
             self.folder.finish(shard, record)
             return Outcome(True, record.bad, maker.sample)
 
-    def check_sample(self, shard: int, sample: Sample) -> None:
-        """Compare a document that was tokenised for a shard with the reference; on failure the shard is forgotten.
-
-        Raises:
-            TokenizerMismatchError: the fast library departs from the reference.
-        """
-        right = self.tokenizer.encode(sample.text)
-        if np.array_equal(sample.ids, right):
-            return
-        self.folder.forget(shard)
-        shorter = min(len(right), len(sample.ids))
-        unequal = np.flatnonzero(sample.ids[:shorter] != right[:shorter])
-        at = int(unequal[0]) if len(unequal) else shorter
-        raise TokenizerMismatchError(
-            f"{self.place(sample.part, sample.row)}: {self.encoder.name} gave wrong ids: token {at} is "
-            f"{sample.ids[at : at + 3].tolist()}, {self.tokenizer.library} gives {right[at : at + 3].tolist()}. Remove "
-            f"{self.folder.path} and use --tokenizer-backend {self.tokenizer.library}"
-        )
-
     def place(self, part: Slice, row: int) -> str:
         """Name the file and the row in it of a row of a slice."""
         source = self.sources[part.source]
         return f"{source.path}:{rows_before(source, part) + row}"
+
+
+class SampleChecks:
+    """Compares a document of every shard with the reference, which may be another process: nobody waits for it.
+
+    Args:
+        task: what makes the shards.
+    """
+
+    def __init__(self, task: EncodeTask) -> None:
+        self._task = task
+        self._waiting: deque[tuple[int, Sample]] = deque()
+        self._asked: tuple[int, Sample, Answer] | None = None
+
+    def add(self, shard: int, sample: Sample) -> None:
+        """Compare this one, too, when the reference has time; what has been answered is compared now.
+
+        Raises:
+            TokenizerMismatchError: the fast library departs from the reference; the shard is forgotten.
+        """
+        self._waiting.append((shard, sample))
+        self._go_on(is_last=False)
+
+    def finish(self) -> None:
+        """Wait for what is still to come; raises as `add`."""
+        self._go_on(is_last=True)
+
+    def _go_on(self, *, is_last: bool) -> None:
+        while self._asked or self._waiting:
+            if self._asked is None:
+                shard, sample = self._waiting.popleft()
+                self._asked = shard, sample, self._task.tokenizer.ask_ahead("encode", sample.text)
+            shard, sample, answer = self._asked
+            if not is_last and not answer.is_there():
+                return
+            self._asked = None
+            self._compare(shard, sample, answer())
+
+    def _compare(self, shard: int, sample: Sample, right: np.ndarray) -> None:
+        if np.array_equal(sample.ids, right):
+            return
+        task = self._task
+        task.folder.forget(shard)
+        shorter = min(len(right), len(sample.ids))
+        unequal = np.flatnonzero(sample.ids[:shorter] != right[:shorter])
+        at = int(unequal[0]) if len(unequal) else shorter
+        raise TokenizerMismatchError(
+            f"{task.place(sample.part, sample.row)}: {task.encoder.name} gave wrong ids: token {at} is "
+            f"{sample.ids[at : at + 3].tolist()}, {task.tokenizer.library} gives {right[at : at + 3].tolist()}. Remove "
+            f"{task.folder.path} and use --tokenizer-backend {task.tokenizer.library}"
+        )
 
 
 class _ShardMaker:

@@ -42,6 +42,7 @@ from megatron_ledom.data.publishing import (
     SUFFIXES,
     check_not_there,
     dataset_prefixes,
+    described_tokenizer,
     finish_publishing,
     joined_meanwhile,
     standing_manifests,
@@ -95,7 +96,7 @@ def merge_shards(
             raise InputError(f"{work.path} is not there: nothing to join. Has preprocess_data.py run with this prefix?")
         work.adopt(plan)
     prefixes = dataset_prefixes(output_prefix, work.adopted["json_keys"])
-    before = standing_manifests(prefixes)
+    before, fingerprint = standing_manifests(prefixes), work.fingerprint()
     try:
         with work.lock("merge", wait=True):
             work.check_plan()
@@ -110,7 +111,7 @@ def merge_shards(
         work.remove()
         raise
     except Exception:  # whatever a process meets from under which the folder is taken
-        done = joined_meanwhile(work, prefixes, before)
+        done = joined_meanwhile(work, prefixes, before, fingerprint)
         if done is not None:
             return done
         work.check_plan()
@@ -258,6 +259,7 @@ class _Merge:
         self._trusted = frozenset(trusted)
         self._dtype = np.dtype(plan["dtype"])
         self._records = self._load_records()
+        self._fingerprint = self._load_fingerprint()
 
     def _load_records(self) -> list[ShardRecord]:
         records, missing = [], []
@@ -274,6 +276,15 @@ class _Merge:
                 "those left out"
             )
         return records
+
+    def _load_fingerprint(self) -> str:
+        found = self._work.fingerprint()
+        if not found:
+            raise InputError(
+                f"all shards in {self._work.path} are finished, but the process that made the last ones was killed "
+                "before it ended: give its command again"
+            )
+        return found
 
     def run(self) -> list[Manifest]:
         """Join the shards, publish the datasets and return their manifests."""
@@ -447,7 +458,7 @@ class _Merge:
         return Manifest(
             direction=Direction(plan["direction"]),
             append_eod=plan["append_eod"],
-            tokenizer=TokenizerRecord(**plan["tokenizer"], backend=" ".join(backends)),
+            tokenizer=TokenizerRecord(**described_tokenizer(plan, self._fingerprint), backend=" ".join(backends)),
             counts=Counts(
                 documents=sum(documents),
                 tokens=sum(k.tokens for k in keys),

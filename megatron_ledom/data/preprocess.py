@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.data.backends import BACKENDS, choose_backend
-from megatron_ledom.data.encode import EncodeTask
+from megatron_ledom.data.encode import EncodeTask, SampleChecks
+from megatron_ledom.data.fingerprints import files_sha256
 from megatron_ledom.data.indexed import optimal_dtype
 from megatron_ledom.data.manifest import PARTS, REVERSE_UNITS, Manifest, PairRecord
 from megatron_ledom.data.merge import merge_shards
@@ -138,7 +139,7 @@ def preprocess(config: PreprocessConfig, tokenizer: Tokenizer | None = None) -> 
         try:
             manifests = _make_and_join(config, task)
         except BaseException as error:
-            done = joined_meanwhile(work, config.prefixes, before) if isinstance(error, Exception) else None
+            done = _joined(work, config.prefixes, before, tokenizer) if isinstance(error, Exception) else None
             if done is None:
                 _keep_or_remove(work, is_share=config.shard_index is not None)
                 raise
@@ -148,12 +149,25 @@ def preprocess(config: PreprocessConfig, tokenizer: Tokenizer | None = None) -> 
     return manifests
 
 
+def _joined(
+    work: WorkFolder, prefixes: Sequence[str], before: Sequence[bytes | None], tokenizer: Tokenizer
+) -> list[Manifest] | None:
+    """Return the manifests where another process has joined this run's plan and removed its folder; None elsewhere."""
+    if work.path.exists():
+        return None
+    try:
+        return joined_meanwhile(work, prefixes, before, tokenizer.fingerprint)
+    except LedomError:  # the process that holds the tokenizer is gone, too
+        return None
+
+
 def _make_and_join(config: PreprocessConfig, task: EncodeTask) -> list[Manifest]:
     """Make the shards, and join them where this run does not make a share alone."""
     done = finish_publishing(task.folder, config.prefixes)  # by a run of the same plan, or it had been refused
     if done is not None:
         return done
     made = _make_shards(config, task)
+    task.folder.note_fingerprint(task.tokenizer.fingerprint)
     if config.shard_index is not None:
         task.folder.check_plan()
         return []
@@ -265,7 +279,7 @@ def _plan(
         "tokenizer": {
             "type": tokenizer.type,
             "model": str(Path(str(model)).resolve()),
-            "fingerprint": tokenizer.fingerprint,
+            "files_sha256": files_sha256(tokenizer.files),  # the fingerprint follows when it is made
             "vocab_size": tokenizer.vocab_size,
             "eod_id": tokenizer.eod_id,
         },
@@ -326,6 +340,7 @@ def _make_shards(config: PreprocessConfig, task: EncodeTask) -> set[int]:
         get_logger(__name__).info("%d of %d shards are finished already", len(chosen) - len(todo), len(chosen))
     progress = Progress("tokenise", task.num_bytes * len(todo) / len(task.shards) / 1e6, "MB")
     made: set[int] = set()
+    checks = SampleChecks(task)
     bad, limit = 0, task.max_bad_records
     for is_second_pass in (False, True):
         task.wait = is_second_pass
@@ -339,12 +354,13 @@ def _make_shards(config: PreprocessConfig, task: EncodeTask) -> set[int]:
             bad += outcome.bad
             made |= {shard} if outcome.is_made else set()
             if outcome.sample is not None:
-                task.check_sample(shard, outcome.sample)
+                checks.add(shard, outcome.sample)
             if limit is not None and bad > limit:
                 raise InputError(
                     f"{bad:,} records are bad so far, more than --max-bad-records {limit:,}; they are listed in the "
                     f".skip files of {task.folder.path}"
                 )
+        checks.finish()
         if config.shard_index is not None:
             break
         todo = [shard for shard in todo if not task.folder.is_finished(shard)]

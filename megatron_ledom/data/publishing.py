@@ -54,7 +54,7 @@ def standing_manifests(prefixes: Sequence[str]) -> list[bytes | None]:
 
 
 def joined_meanwhile(
-    work: WorkFolder, prefixes: Sequence[str], before: Sequence[bytes | None]
+    work: WorkFolder, prefixes: Sequence[str], before: Sequence[bytes | None], fingerprint: str | None
 ) -> list[Manifest] | None:
     """Return the manifests where another process has joined the adopted plan and removed its folder; None elsewhere.
 
@@ -62,15 +62,26 @@ def joined_meanwhile(
         work: the folder.
         prefixes: of the datasets.
         before: what `standing_manifests` gave when this process began.
+        fingerprint: of the tokenizer; None where it was not known yet, and so nothing was joined.
     """
     now = standing_manifests(prefixes)
     if work.path.exists() or any(new is None or new == old for new, old in zip(now, before, strict=True)):
         return None
+    if fingerprint is None:
+        return None
+    tokenizer = described_tokenizer(work.adopted, fingerprint)
     manifests = [load_manifest(prefix) for prefix in prefixes]
-    return manifests if all(_is_of(work.adopted, key, manifest) for key, manifest in enumerate(manifests)) else None
+    are_ours = (_is_of(work.adopted, tokenizer, key, manifest) for key, manifest in enumerate(manifests))
+    return manifests if all(are_ours) else None
 
 
-def _is_of(plan: dict[str, Any], key: int, manifest: Manifest) -> bool:
+def described_tokenizer(plan: dict[str, Any], fingerprint: str) -> dict[str, Any]:
+    """What the manifests of a plan say of its tokenizer: what it is, not how its files are written."""
+    said = plan["tokenizer"] | {"fingerprint": fingerprint}
+    return {name: value for name, value in said.items() if name != "files_sha256"}
+
+
+def _is_of(plan: dict[str, Any], made_with: dict[str, Any], key: int, manifest: Manifest) -> bool:
     """Whether a manifest says of its dataset what the plan says of the one that is made of its key `key`."""
     tokenizer = asdict(manifest.tokenizer)
     del tokenizer["backend"]
@@ -81,5 +92,5 @@ def _is_of(plan: dict[str, Any], key: int, manifest: Manifest) -> bool:
     }
     said |= {name: getattr(manifest, name) for name in ("dtype", "direction", "reverse_unit", "append_eod", "json_key")}
     sources = [[source["path"], source["bytes"], source["format"]] for source in plan["sources"]]
-    meant = plan | {"sources": sources, "json_key": plan["json_keys"][key]}
+    meant = plan | {"sources": sources, "tokenizer": made_with, "json_key": plan["json_keys"][key]}
     return all(meant[name] == value for name, value in said.items())

@@ -6,6 +6,7 @@
         000007.0.bin .len .crc .skip (.sent)     shard 7 of the first key
         000007.json             its sizes, hashes and counts; gets its name last: the shard is finished
         *.HOST-PID.*.partial    the final files while they are joined
+        fingerprint             of the tokenizer: what the manifests say of it; made while the shards are
         created                 the time that the manifests name: that of the first process that joined
         publishing              the final files are being given their names; holds the hashes of their manifests
 
@@ -135,7 +136,7 @@ class WorkFolder:
         found, asked = self.plan(), json.loads(text)
         differing = [] if found is None else [name for name in asked if found.get(name) != asked[name]]
         if differing and set(differing) <= CHANGEABLE:
-            self._replace_plan(text)
+            self._replace("plan.json", text)
         elif differing:
             if is_share or not start_over:
                 raise self._refusal(differing, is_share)
@@ -180,8 +181,38 @@ class WorkFolder:
         self._write_first("created", now)
         return (self.path / "created").read_text(encoding="utf-8") or now  # a power failure may empty it
 
-    def _replace_plan(self, text: str) -> None:
-        path = self.path / "plan.json"
+    def note_fingerprint(self, fingerprint: str) -> None:
+        """Keep the fingerprint of the tokenizer that the shards were made with.
+
+        Raises:
+            InputError: the folder is gone.
+            OutputError: it takes no file.
+            OutputExistsError: another process has made shards of this plan with a tokenizer that is not the same.
+        """
+        try:
+            self._write_first("fingerprint", fingerprint)
+            found = self.fingerprint()
+            if not found:  # a power failure has emptied it
+                self._replace("fingerprint", fingerprint)
+        except OSError as error:
+            self.check_plan()
+            raise write_refusal(self.path / "fingerprint", 0, error) from error
+        if found and found != fingerprint:
+            raise OutputExistsError(
+                f"{self.path} holds shards of a tokenizer {found}, which was read from the same files as that of this "
+                f"process, {fingerprint}: do all nodes have one version of the tokenizer's library? Remove {self.path} "
+                "to start over"
+            )
+
+    def fingerprint(self) -> str | None:
+        """Return what `note_fingerprint` was told; None before, empty where a power failure has emptied it."""
+        try:
+            return (self.path / "fingerprint").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    def _replace(self, name: str, text: str) -> None:
+        path = self.path / name
         self.temporary(path).write_text(text, encoding="utf-8")
         self.temporary(path).replace(path)
 
@@ -278,9 +309,7 @@ class WorkFolder:
 
     def mark_publishing(self, manifest_hashes: list[str]) -> None:
         """Say that final files of this plan may stand under their names from now on, and which are the new ones."""
-        path = self.path / "publishing"
-        self.temporary(path).write_text(json.dumps(manifest_hashes), encoding="utf-8")
-        self.temporary(path).replace(path)
+        self._replace("publishing", json.dumps(manifest_hashes))
 
     def publishing_hashes(self) -> list[str]:
         """What `mark_publishing` was told."""

@@ -4,8 +4,8 @@ A tokenizer takes a tenth of a second to load and as long to be told from others
 is tokenised in that time. The process answers one question at a time, works out the fingerprint while there is none,
 and ends with this one:
 
-    this process    fork  ask    load gigatoken ........  take    fingerprint
-    the other       load ........  answer    fingerprint ...
+    this process    fork  import    ask  load gigatoken ....  take    workers tokenise ........  fingerprint
+    the other       load ..............  answer  fingerprint ..............
 
 No question is sent before the last answer has come: both would wait for the other where neither fits into the pipe.
 """
@@ -18,19 +18,20 @@ import multiprocessing
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_ledom.data.tokenizers import Answer, Tokenizer, load_tokenizer
 from megatron_ledom.data.workers import has_one_thread
 from megatron_ledom.errors import InputError, LedomError
 
-_FACTS = ("vocab_size", "eod_id", "library")
+if TYPE_CHECKING:
+    import numpy as np
+
+_FACTS = ("files", "vocab_size", "eod_id", "library")
 
 
 @contextlib.contextmanager
@@ -60,19 +61,24 @@ def load_aside(
 
 
 class _Answer:
-    """What is still to come of the other process; called, it waits, and gives it or raises it."""
+    """What is still to come of the other process; see `Answer`."""
 
-    def __init__(self, receive: Callable[[_Answer], None]) -> None:
+    def __init__(self, tokenizer: _AsideTokenizer, after: _Answer | None = None) -> None:
         self.found: tuple[Exception | None, Any] | None = None
-        self._receive = receive
+        self._tokenizer, self._after = tokenizer, after
 
     def __call__(self) -> Any:
-        self._receive(self)
+        if self._after is not None:
+            self._after()  # what hindered it from loading comes first
+        self._tokenizer.receive(self)
         assert self.found is not None
         error, value = self.found
         if error is not None:
             raise error
         return value
+
+    def is_there(self) -> bool:
+        return self._tokenizer.has_received(self)
 
 
 class _AsideTokenizer(Tokenizer):
@@ -84,7 +90,8 @@ class _AsideTokenizer(Tokenizer):
         self.origin = origin
         self._connection = connection
         self._awaited: deque[_Answer] = deque()  # in the order in which they will come
-        self._facts = self._await()  # what it says first
+        self._facts = _Answer(self)  # what it says first
+        self._awaited.append(self._facts)
 
     def __getattr__(self, name: str) -> Any:
         if name in _FACTS:
@@ -95,34 +102,37 @@ class _AsideTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         return self._ask("fingerprint")
 
-    def ask_ahead(self, name: str, *arguments: Any) -> Callable[[], Any]:
-        """Send a question now; what is returned waits for the answer, and gives it or raises it."""
+    def ask_ahead(self, name: str, *arguments: Any) -> Answer:
+        """Send a question now."""
         if unanswered := [answer for answer in self._awaited if answer is not self._facts]:
             self._facts()
-            self._receive(unanswered[-1])
+            self.receive(unanswered[-1])
         with contextlib.suppress(BrokenPipeError):  # it has said before why it ended, or was killed
             self._connection.send((name, arguments))
-        answer = self._await()
-
-        def take() -> Any:
-            self._facts()  # what hindered it from loading comes first
-            return answer()
-
-        return take
+        self._awaited.append(_Answer(self, after=self._facts))
+        return self._awaited[-1]
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         return self.ask_ahead(name, *arguments)()
 
-    def _await(self) -> _Answer:
-        self._awaited.append(_Answer(self._receive))
-        return self._awaited[-1]
+    def has_received(self, answer: _Answer) -> bool:
+        """Take what has come; whether the answer is there, or the process ended without it."""
+        while answer.found is None and self._connection.poll():
+            try:
+                self._take_next()
+            except (EOFError, ConnectionResetError):  # `receive` says so
+                return True
+        return answer.found is not None
 
-    def _receive(self, answer: _Answer) -> None:
-        """Take what came until the answer is there."""
+    def _take_next(self) -> None:
+        self._awaited[0].found = self._connection.recv()
+        self._awaited.popleft()
+
+    def receive(self, answer: _Answer) -> None:
+        """Take what comes until the answer is there."""
         try:
             while answer.found is None:
-                self._awaited[0].found = self._connection.recv()
-                self._awaited.popleft()
+                self._take_next()
         except (EOFError, ConnectionResetError):
             raise InputError(
                 f"the process that loads {self.type} {self.model} was killed; out of memory? Try fewer --workers"
@@ -135,6 +145,9 @@ class _AsideTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self._ask("encode_batch", list(texts))
+
+    def encode_short(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._ask("encode_short", list(texts))
 
     def decode(self, ids_nat: Sequence[int] | np.ndarray) -> str:
         return self._ask("decode", ids_nat)

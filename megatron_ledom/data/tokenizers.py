@@ -9,6 +9,8 @@ post-processor. The end-of-document id is the writer's business (`--append-eod`)
 `HuggingFaceTokenizer` adds what the post-processor asks for (a Llama tokenizer: `<s>`)
 unless it is started with `--tokenizer-hf-no-include-special-tokens`; the ids here are
 those with that flag.
+
+numpy is imported where ids become arrays: a process that loads a tokenizer beside another does without it.
 """
 
 from __future__ import annotations
@@ -19,14 +21,15 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
+from megatron_ledom.data.fingerprints import canonical, fingerprint_of
 from megatron_ledom.data.long_texts import PIECE_CHARS, Cutter
 from megatron_ledom.errors import InputError, TokenizerMismatchError, UsageError
 
-FINGERPRINT_VERSION = 1
+if TYPE_CHECKING:
+    import numpy as np
+
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", *SENTENCEPIECE_TYPES, "GPT2BPETokenizer")
@@ -37,12 +40,22 @@ PROBE_TEXTS = (
 )
 
 
+class Answer(Protocol):
+    """What a tokenizer was asked ahead of time; called, it waits for the answer, and gives it or raises it."""
+
+    def __call__(self) -> Any: ...  # noqa: D102
+
+    def is_there(self) -> bool:
+        """Whether it can be called without waiting for another process."""
+
+
 class Tokenizer(abc.ABC):
     """Text to ids in natural order, and back.
 
     Attributes:
         type: Megatron's `--tokenizer-type`.
         model: the folder or file it was loaded from, as given.
+        files: all that was read.
         vocab_size: number of ids, before Megatron pads it.
         eod_id: the end-of-document id, Megatron's `tokenizer.eod`.
         fingerprint: "sha256:..." of all that decides ids, and of nothing else: two tokenizers with
@@ -57,8 +70,9 @@ class Tokenizer(abc.ABC):
         """Pickled as what it was loaded from, so that it is loaded anew in another process."""
         return _load_again, self.origin
 
-    def __init__(self, *, type: str, model: str, vocab_size: int, eod_id: int) -> None:
+    def __init__(self, *, type: str, model: str, files: Sequence[Path], vocab_size: int, eod_id: int) -> None:
         self.type, self.model, self.vocab_size, self.eod_id = type, model, vocab_size, eod_id
+        self.files = list(files)
 
     @property
     @abc.abstractmethod
@@ -88,10 +102,18 @@ class Tokenizer(abc.ABC):
     def special_texts(self) -> list[str]:
         """Return the tokens that a library may treat in a way of its own when they stand in a text."""
 
+    @abc.abstractmethod
+    def encode_short(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return what `encode_batch` returns, as lists; of texts of at most `PIECE_CHARS` characters."""
+
     def answer_probes(
         self, most: int, texts: Sequence[str]
-    ) -> tuple[list[tuple[str, str, np.ndarray]], list[np.ndarray]]:
+    ) -> tuple[list[tuple[str, str, list[int]]], list[list[int]]]:
         """Give what other libraries are compared with.
+
+        Args:
+            most: special texts.
+            texts: others; of at most `PIECE_CHARS` characters each.
 
         Returns:
             Each of the first `most` special texts, a text that holds it in several ways, and the ids of that; and the
@@ -99,19 +121,32 @@ class Tokenizer(abc.ABC):
         """
         tokens = self.special_texts()[:most]
         samples = [f"a{token}b {token} c\n{token}{token}" for token in tokens]
-        return list(zip(tokens, samples, self.encode_batch(samples), strict=True)), self.encode_batch(texts)
+        return list(zip(tokens, samples, self.encode_short(samples), strict=True)), self.encode_short(texts)
 
     def here(self) -> Tokenizer:
         """Return a tokenizer of the same ids that is loaded in this process, and may be used in its forks."""
         return self
 
-    def ask_ahead(self, name: str, *arguments: Any) -> Callable[[], Any]:
+    def ask_ahead(self, name: str, *arguments: Any) -> Answer:
         """Return what gives the answer of a method, which another process may work on meanwhile; one at a time."""
-        return partial(getattr(self, name), *arguments)
+        return _Unasked(partial(getattr(self, name), *arguments))
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of one text, natural order; int32 [n]."""
         return self.encode_batch([text])[0]
+
+
+class _Unasked:
+    """An answer that is worked out when it is wanted."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+
+    def __call__(self) -> Any:
+        return self._function()
+
+    def is_there(self) -> bool:
+        return True
 
 
 class EngineTokenizer(Protocol):
@@ -143,22 +178,31 @@ class _HuggingFace(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        content, split_special = _canonical(json.loads(self._content)), self._backend.encode_special_tokens
-        return _fingerprint({"tokenizer": content, "eod_id": self.eod_id, "split_special": split_special})
+        content, split_special = canonical(json.loads(self._content)), self._backend.encode_special_tokens
+        return fingerprint_of({"tokenizer": content, "eod_id": self.eod_id, "split_special": split_special})
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if any(len(text) > PIECE_CHARS for text in texts):
-            return [np.concatenate([self._encode([piece])[0] for piece in self._cutter.cut(t)]) for t in texts]
-        return self._encode(texts)
+        import numpy as np
 
-    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.int32) for e in encodings]
+        def arrays(texts: Sequence[str]) -> list[np.ndarray]:
+            return [np.array(e.ids, dtype=np.int32) for e in self._encode(texts)]
+
+        if any(len(text) > PIECE_CHARS for text in texts):
+            return [np.concatenate([arrays([piece])[0] for piece in self._cutter.cut(text)]) for text in texts]
+        return arrays(texts)
+
+    def encode_short(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._encode(texts)]
+
+    def _encode(self, texts: Sequence[str]) -> list[Any]:
+        return self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
 
     def decode(self, ids_nat: Sequence[int] | np.ndarray) -> str:
         return self._backend.decode([int(i) for i in ids_nat], skip_special_tokens=False)
 
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        import numpy as np
+
         ids, starts, before = [], [], 0
         for piece in self._cutter.cut(text):
             encoding = self._backend.encode(piece, add_special_tokens=False)
@@ -186,16 +230,23 @@ class _SentencePiece(Tokenizer):
     @cached_property
     def fingerprint(self) -> str:
         proto = hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
-        return _fingerprint({"sentencepiece": proto, "eod_id": self.eod_id})
+        return fingerprint_of({"sentencepiece": proto, "eod_id": self.eod_id})
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        import numpy as np
+
         arrays = self._processor.encode(list(texts), out_type="numpy", num_threads=1)
         return [np.asarray(a, dtype=np.int32) for a in arrays]
+
+    def encode_short(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode(list(texts), out_type=int, num_threads=1)
 
     def decode(self, ids_nat: Sequence[int] | np.ndarray) -> str:
         return self._processor.decode([int(i) for i in ids_nat])
 
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        import numpy as np
+
         pieces = self._processor.encode(text, return_type="proto").pieces
         starts = np.array([p.begin for p in pieces], np.int32)
         if not text.isascii():  # the library counts bytes
@@ -316,7 +367,8 @@ def _load_huggingface(folder: Path) -> Tokenizer:
                 f"{folder}: {key} is {token!r}, which tokenizer.json does not hold, so transformers would add it. "
                 "Write the folder anew with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
-    return _wrap_backend(backend, "HuggingFaceTokenizer", folder, eod_token)
+    files = [path, *(older for name in CONFIG_FILES if (older := folder / name).is_file())]
+    return _wrap_backend(backend, "HuggingFaceTokenizer", folder, files, eod_token)
 
 
 def _special_tokens(folder: Path) -> dict[str, Any]:
@@ -354,7 +406,7 @@ def _load_gpt2(vocab_file: Path, merge_file: Path) -> Tokenizer:
     if backend.token_to_id(eod_token) is None:
         raise InputError(f"{vocab_file} holds no {eod_token}, the end-of-document token of GPT2BPETokenizer")
     backend.add_special_tokens([AddedToken(eod_token, special=True, normalized=False)])
-    return _wrap_backend(backend, "GPT2BPETokenizer", vocab_file, eod_token)
+    return _wrap_backend(backend, "GPT2BPETokenizer", vocab_file, [vocab_file, merge_file], eod_token)
 
 
 def _load_sentencepiece(tokenizer_type: str, path: Path) -> Tokenizer:
@@ -376,7 +428,12 @@ def _load_sentencepiece(tokenizer_type: str, path: Path) -> Tokenizer:
     if eod_id < 0:
         raise InputError(f"{path} was trained without an end-of-sentence piece, so documents cannot be told apart")
     return _SentencePiece(
-        processor, type=tokenizer_type, model=str(path), vocab_size=processor.get_piece_size(), eod_id=eod_id
+        processor,
+        type=tokenizer_type,
+        model=str(path),
+        files=[path],
+        vocab_size=processor.get_piece_size(),
+        eod_id=eod_id,
     )
 
 
@@ -399,7 +456,7 @@ def _read_backend(path: Path) -> Any:
         raise InputError(f"{path} is no tokenizer that `tokenizers` can read: {error}") from error
 
 
-def _wrap_backend(backend: Any, tokenizer_type: str, model: Path, eod_token: str) -> Tokenizer:
+def _wrap_backend(backend: Any, tokenizer_type: str, model: Path, files: Sequence[Path], eod_token: str) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     if dropout := getattr(backend.model, "dropout", None):
@@ -408,43 +465,7 @@ def _wrap_backend(backend: Any, tokenizer_type: str, model: Path, eod_token: str
         backend,
         type=tokenizer_type,
         model=str(model),
+        files=files,
         vocab_size=backend.get_vocab_size(with_added_tokens=True),
         eod_id=backend.token_to_id(eod_token),
     )
-
-
-def _canonical(content: dict[str, Any]) -> dict[str, Any]:
-    """Return what decides ids in a `tokenizer.json`, so that writing the same tokenizer again changes nothing.
-
-    Left out: truncation, padding, decoder and post-processor (they act after ids are made, or
-    not at all here), and everything null, false or empty, which older files do not write at all.
-    """
-    model = dict(content["model"])
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model.pop("merges", [])]
-    vocab = model.pop("vocab")
-    flags = ("single_word", "lstrip", "rstrip", "normalized")
-    added = [
-        {"id": t["id"], "content": t["content"]} | {f: True for f in flags if t[f]} for t in content["added_tokens"]
-    ]
-    return {
-        "vocab": vocab,
-        "merges": merges,
-        "added_tokens": sorted(added, key=lambda token: token["id"]),
-        "model": _without_blanks(model),
-        "normalizer": _without_blanks(content.get("normalizer")),
-        "pre_tokenizer": _without_blanks(content.get("pre_tokenizer")),
-    }
-
-
-def _without_blanks(value: Any) -> Any:
-    if isinstance(value, dict):
-        kept = {k: _without_blanks(v) for k, v in value.items() if k != "trim_offsets"}
-        return {k: v for k, v in kept.items() if v is not None and v is not False and v not in ("", [], {})}
-    if isinstance(value, list):
-        return [_without_blanks(v) for v in value]
-    return value
-
-
-def _fingerprint(facts: dict[str, Any]) -> str:
-    text = json.dumps({"version": FINGERPRINT_VERSION} | facts, sort_keys=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode("ascii")).hexdigest()

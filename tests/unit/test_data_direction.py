@@ -110,7 +110,7 @@ def test_directions_are_parsed_compared_and_described() -> None:
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    result = doctest.testmod(direction_module)
+    result = doctest.testmod(direction_module, extraglobs={"np": np})
     assert result.attempted >= 4
     assert result.failed == 0
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_ledom.data.encode import SampleChecks
 from megatron_ledom.data.manifest import load_manifest
 from megatron_ledom.data.preprocess import PreprocessConfig, _task, preprocess
 from megatron_ledom.data.shards import WorkFolder
@@ -238,10 +239,11 @@ def test_a_document_of_every_shard_is_compared_with_the_tokenizers_own_ids(
     task = _task(config, WorkFolder(config.output_prefix), tokenizer)
     outcome = task(0, lambda num_bytes: None)
     assert task.encoder.name == "gigatoken" and outcome.sample is not None and task.folder.is_finished(0)
-    task.check_sample(0, outcome.sample)
+    checks = SampleChecks(task)
+    checks.add(0, outcome.sample)
     assert task.folder.is_finished(0)
     wrong = outcome.sample.ids.copy()
     wrong[2] += 1
     with pytest.raises(TokenizerMismatchError, match=r"gigatoken gave wrong ids: token 2 is .*, tokenizers gives"):
-        task.check_sample(0, outcome.sample._replace(ids=wrong))
+        checks.add(0, outcome.sample._replace(ids=wrong))
     assert not task.folder.is_finished(0)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ledom.data.merge import merge_shards
 from megatron_ledom.data.preprocess import PreprocessConfig, _make_and_join, _task, preprocess
 from megatron_ledom.data.shards import WorkFolder
 from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
@@ -137,12 +138,45 @@ def test_another_command_does_not_take_a_published_dataset_for_its_own(
         assert not WorkFolder(config.output_prefix).path.exists()
 
 
+def test_the_manifest_waits_for_the_fingerprint(config: PreprocessConfig, tokenizer: Tokenizer) -> None:
+    task = _task(config, WorkFolder(config.output_prefix), tokenizer)
+    for shard in range(len(task.shards)):
+        task(shard, no_report)
+    with pytest.raises(InputError, match=r"all shards in .* are finished, but the process .* was killed"):
+        merge_shards(config.output_prefix, workers=1, overwrite=False)
+    noted = task.folder.path / "fingerprint"
+    noted.touch()  # a power failure
+    task.folder.note_fingerprint("sha256:1")
+    with pytest.raises(OutputExistsError, match=r"shards of a tokenizer sha256:1, .* process, sha256:2: do all"):
+        task.folder.note_fingerprint("sha256:2")
+    assert noted.read_text() == "sha256:1"
+    with pytest.raises(OutputExistsError, match="do all nodes have one version"):
+        preprocess(config, tokenizer)
+    noted.unlink()
+    (manifest,) = preprocess(config, tokenizer)
+    assert manifest.tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_a_run_goes_on_with_the_same_files_of_a_tokenizer_alone(config: PreprocessConfig, tmp_path: Path) -> None:
+    folder = shutil.copytree(TOKENIZER, tmp_path / "tokenizer")
+    config = dataclasses.replace(config, tokenizer_model=str(folder), shard_index=0, num_shards=2)
+    assert preprocess(config) == []
+    same = load_tokenizer("HuggingFaceTokenizer", folder)
+    assert [path.name for path in same.files] == ["tokenizer.json", "tokenizer_config.json"]
+    content = json.loads(same.files[0].read_text())
+    content["added_tokens"][0]["lstrip"] = True
+    same.files[0].write_text(json.dumps(content))
+    with pytest.raises(OutputExistsError, match=r"unfinished work of another command \(tokenizer differ\)"):
+        preprocess(dataclasses.replace(config, shard_index=1))
+
+
 # A process joins without locks; at one of its changes to the file system another joins, from beginning
 # to end.
 TWO_JOINERS = """
 import dataclasses, errno, fcntl, os, shutil, sys
 from pathlib import Path
 from megatron_ledom.data.manifest import load_manifest, manifest_path, save_manifest
+from megatron_ledom.data.merge import merge_shards
 from megatron_ledom.data.merge import merge_shards
 from megatron_ledom.data.preprocess import PreprocessConfig, preprocess
 from megatron_ledom.testing import watch_file_system

@@ -5,12 +5,14 @@ Only a process of one thread forks one, so every check runs in a fresh process: 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,34 @@ def same_answers() -> None:
         assert aside.content() == Path(FOLDER, "tokenizer.json").read_text(encoding="utf-8")
         samples, ids = aside.answer_probes(2, texts)
         assert [token for token, _, _ in samples] == right.special_texts()[:2]
-        assert_same(ids, right.encode_batch(texts))
+        assert ids == right.encode_short(texts) == [found.tolist() for found in right.encode_batch(texts)]
+
+
+def not_waited_for() -> None:
+    with load_aside(KIND, FOLDER) as aside:
+        assert aside.vocab_size > 0  # it has loaded
+        slow = aside.ask_ahead("encode_batch", ["a long text " * 400_000])
+        assert not slow.is_there(), "it has answered at once"
+        answer = slow()
+        assert slow.is_there() and len(answer[0]) > 400_000
+        quick = aside.ask_ahead("encode_short", ["a"])
+        while not quick.is_there():
+            time.sleep(0.001)
+        assert quick() == load_tokenizer(KIND, FOLDER).encode_short(["a"])
+        assert load_tokenizer(KIND, FOLDER).ask_ahead("encode", "a").is_there()
+        process = multiprocessing.active_children()[0]
+        never = aside.ask_ahead("encode_batch", ["a long text " * 400_000])
+        process.kill()
+        process.join()
+        while not never.is_there():
+            time.sleep(0.001)
+        assert "was killed; out of memory" in error_of(never)
+
+
+def without_numpy() -> None:
+    code = "import sys; from megatron_ledom.data.tokenizer_process import load_aside; print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n", "the process begins when numpy is imported, not before"
 
 
 def more_than_the_pipe_holds() -> None:
@@ -88,7 +117,9 @@ def error_of(function: Callable[[], Any]) -> str:
     raise AssertionError("nothing was raised")
 
 
-CHECKS = {f.__name__: f for f in (same_answers, more_than_the_pipe_holds, not_loaded, killed)}
+CHECKS = {
+    f.__name__: f for f in (same_answers, not_waited_for, without_numpy, more_than_the_pipe_holds, not_loaded, killed)
+}
 
 
 @pytest.mark.parametrize("name", CHECKS)
