@@ -17,10 +17,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
-from zlib import crc32
 
 import numpy as np
 
+from megatron_ledom.data.compression import crc32
 from megatron_ledom.data.documents import describe_origin, open_raw, read_at, read_lengths, read_skipped, take_sentences
 from megatron_ledom.data.files import WrittenFile
 from megatron_ledom.data.indexed import DTYPES, HEADER, index_bytes, optimal_dtype, read_index_header

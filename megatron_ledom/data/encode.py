@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
-from zlib import crc32
 
 import numpy as np
 
 from megatron_ledom.data.backends import Encoder, ReferenceEncoder
+from megatron_ledom.data.compression import crc32
 from megatron_ledom.data.files import write_refusal
 from megatron_ledom.data.manifest import PairRecord
 from megatron_ledom.data.pairs import encode_pairs, separator_places
@@ -213,6 +213,8 @@ class _ShardMaker:
                         self._add(number, part, batch)
                         report(batch.input_bytes)
                 for files, key_record in zip(self._files, self._record.keys, strict=True):
+                    if not files["skip"].num_bytes:  # as in most shards: one file less to make, rename and remove
+                        files.pop("skip").discard()
                     key_record.files = {suffix: file.close() for suffix, file in files.items()}
                 task.folder.check_plan()
             except OSError as error:

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
-from zlib import crc32
 
 import numpy as np
 
 from megatron_ledom import __version__
+from megatron_ledom.data.compression import crc32
 from megatron_ledom.data.files import HashedFile, StagedFile, WrittenFile, copy_at, write_at, write_refusal
 from megatron_ledom.data.indexed import index_bytes, write_index_header, write_index_part
 from megatron_ledom.data.manifest import (
@@ -424,6 +424,8 @@ class _Merge:
             for (source, _, _), num_rows in zip(parts, record.rows, strict=True):
                 before.append(rows[source])
                 rows[source] += num_rows
+            if "skip" not in record.keys[key].files:
+                continue
             path, lines = self._work.file(shard, key, "skip"), []
             if not path.exists() or hash_file(path) != record.keys[key].files["skip"].sha256:
                 self._work.forget(shard)

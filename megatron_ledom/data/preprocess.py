@@ -10,6 +10,7 @@ one stopped. This module owns the order of things; `encode.py` makes a shard, `m
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -40,7 +41,8 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import InputError, LedomError, UsageError
 from megatron_ledom.log import Progress, get_logger
 
-MIN_SHARD_BYTES, MAX_SHARD_BYTES, NUM_SHARDS = 4 << 20, 256 << 20, 512
+MIN_SHARD_BYTES, MAX_SHARD_BYTES = 4 << 20, 256 << 20
+_SHARD_ROOT_BYTES = 128 << 10  # shards grow with the root of the corpus, and so does their number
 _PROBES, _PROBE_CHARS = 8, 8192  # places of the corpus that are compared before a library is trusted, and how much
 
 
@@ -248,7 +250,7 @@ def _shard_bytes(config: PreprocessConfig, sources: Sequence[Source]) -> int:
     if config.shard_mb is not None:
         return max(1, int(config.shard_mb * (1 << 20)))
     total = sum(source.num_bytes for source in sources)
-    return min(max(total // NUM_SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
+    return min(max(math.isqrt(total * _SHARD_ROOT_BYTES), MIN_SHARD_BYTES), MAX_SHARD_BYTES)
 
 
 def _bad_limit(config: PreprocessConfig) -> int | None:

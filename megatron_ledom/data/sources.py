@@ -18,16 +18,15 @@ line and lose none, and where the cut falls changes nothing:
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from megatron_ledom.data.compression import open_gzip, reading_errors
 from megatron_ledom.data.records import (
     BadRecord,
     Batch,
@@ -226,7 +225,7 @@ def read_slice(source: Source, part: Slice, keys: Sequence[str], text_unit: str 
                 yield from _text_lines(blocks, part, keys)
             else:
                 yield from _text_paragraphs(blocks, part, keys)
-    except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
+    except reading_errors() as error:
         raise InputError(f"cannot read the input file {source.path}: {error}") from error
 
 
@@ -268,7 +267,7 @@ def _blocks(source: Source, raw: BinaryIO, part: Slice) -> Iterator[tuple[bytes,
         left = _line_start(raw, part.end) - start
         raw.seek(start)
     elif source.packed == ".gz":
-        stream = cast("BinaryIO", io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK_BYTES))
+        stream = cast("BinaryIO", io.BufferedReader(open_gzip(raw), BLOCK_BYTES))
     elif source.packed == ".zst":
         stream = cast("BinaryIO", io.BufferedReader(_ZstdReader(raw), BLOCK_BYTES))
     position = raw.tell()

@@ -12,6 +12,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -23,6 +24,7 @@ from megatron_ledom.errors import InputError, LedomError
 
 Report = Callable[[int], None]
 _POLL_S = 1.0
+_REPORT_S = 0.1  # between two reports of a worker
 
 
 def run_parallel[Item, Result](
@@ -141,16 +143,23 @@ def _work(task: Any, connection: Connection, inherited: list[Connection], parent
     for other in inherited:
         other.close()
 
-    def report(amount: int) -> None:
+    unsaid, said_at = 0, 0.0
+
+    def report(amount: int, *, is_last: bool = False) -> None:
+        nonlocal unsaid, said_at
         _leave_with(parent)
-        connection.send(("report", amount))
+        unsaid, now = unsaid + amount, time.monotonic()
+        if unsaid and (is_last or now >= said_at + _REPORT_S):  # each costs the parent time that workers could use
+            connection.send(("report", unsaid))
+            unsaid, said_at = 0, now
 
     try:
         while True:
             while not connection.poll(_POLL_S):
                 _leave_with(parent)
-            item = connection.recv()
-            connection.send(("result", task(item, report)))
+            result = task(connection.recv(), report)
+            report(0, is_last=True)
+            connection.send(("result", result))
     except (EOFError, BrokenPipeError, ConnectionResetError):  # no more work, or no parent
         return
     except LedomError as error:
