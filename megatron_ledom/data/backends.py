@@ -68,10 +68,19 @@ class ReferenceEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.name, self._tokenizer = tokenizer.library, tokenizer.here()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as what it is made of."""
+        return ReferenceEncoder, (self._tokenizer,)
+
+    @cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(
+            1
+        )  # it ends with this object; one for all batches, as the library keeps words by thread
+
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Return the ids of each text; int32."""
-        with ThreadPoolExecutor(1) as thread:  # it ends at once: a process of one thread can be forked
-            return thread.submit(self._tokenizer.encode_batch, [text.decode("utf-8") for text in texts]).result()
+        return self._thread.submit(self._tokenizer.encode_batch, [text.decode("utf-8") for text in texts]).result()
 
 
 class FastEncoder:
