@@ -5,7 +5,7 @@
                 |                                            -> .crc    uint32, CRC-32 of each document's bytes
                 |                                            -> .sent   uint32, ids per sentence, where these are turned
                 |                                            -> .pair   uint32, ids of the question's part, of pairs
-                '- what became no document ------------------> .skip   JSON lines: [slice, row in it, why]
+                '- what became no document ------------------> .skip   JSON lines: [slice, row in it, why], if any
 
 No ids travel between processes. Memory: `BLOCK_BYTES` of text at a time, or a document, whatever the shard holds.
 """
@@ -17,7 +17,8 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -127,6 +128,8 @@ class EncodeTask:
 class SampleChecks:
     """Compares a document of every shard with the reference, which may be another process: nobody waits for it.
 
+    A context manager: on leaving it waits for what is still to come, also after an error, since finished shards stay.
+
     Args:
         task: what makes the shards.
     """
@@ -145,9 +148,14 @@ class SampleChecks:
         self._waiting.append((shard, sample))
         self._go_on(is_last=False)
 
-    def finish(self) -> None:
-        """Wait for what is still to come; raises as `add`."""
-        self._go_on(is_last=True)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, Exception):  # not Ctrl-C
+            self._go_on(is_last=True)
 
     def _go_on(self, *, is_last: bool) -> None:
         while self._asked or self._waiting:

@@ -31,6 +31,7 @@ from megatron_ledom.data.publishing import (
     joined_meanwhile,
     standing_manifests,
 )
+from megatron_ledom.data.records import compiled_reader
 from megatron_ledom.data.sentences import SAMPLE_BYTES, SentenceSplitter, load_splitter, train_splitter
 from megatron_ledom.data.shards import WorkFolder
 from megatron_ledom.data.sources import TEXT_UNITS, Slice, Source, cut_sources, find_sources, read_slice
@@ -185,6 +186,11 @@ def _make_and_join(config: PreprocessConfig, task: EncodeTask) -> list[Manifest]
 def _task(config: PreprocessConfig, work: WorkFolder, tokenizer: Tokenizer) -> EncodeTask:
     """Decide what is made of what, and open the folder for it."""
     sources = find_sources(config.inputs)
+    if compiled_reader() is None and any(source.format == "jsonl" for source in sources):
+        get_logger(__name__).warning(
+            "JSONL is read by Python's json, several times slower: megatron_ledom.data._records is not built; to build "
+            "it: python setup.py build_ext --inplace, or pip install again where there is a C++ compiler"
+        )
     shard_bytes = _shard_bytes(config, sources)
     shards = cut_sources(sources, shard_bytes, config.text_unit)
     if not shards:
@@ -342,35 +348,40 @@ def _make_shards(config: PreprocessConfig, task: EncodeTask) -> set[int]:
         get_logger(__name__).info("%d of %d shards are finished already", len(chosen) - len(todo), len(chosen))
     progress = Progress("tokenise", task.num_bytes * len(todo) / len(task.shards) / 1e6, "MB")
     made: set[int] = set()
-    checks = SampleChecks(task)
-    bad, limit = 0, task.max_bad_records
-    for is_second_pass in (False, True):
-        task.wait = is_second_pass
-        for shard, outcome in run_parallel(
-            task,
-            todo,
-            config.workers,
-            on_report=lambda num_bytes: progress.update(num_bytes / 1e6),
-            doing="documents were tokenised",
-        ):
-            bad += outcome.bad
-            made |= {shard} if outcome.is_made else set()
-            if outcome.sample is not None:
-                checks.add(shard, outcome.sample)
-            if limit is not None and bad > limit:
-                raise InputError(
-                    f"{bad:,} records are bad so far, more than --max-bad-records {limit:,}; they are listed in the "
-                    f".skip files of {task.folder.path}"
-                )
-        checks.finish()
-        if config.shard_index is not None:
-            break
-        todo = [shard for shard in todo if not task.folder.is_finished(shard)]
-        if not todo or task.folder.plan() is None:
-            break
-        get_logger(__name__).info("waiting for %d shards that another process is making", len(todo))
+    num_bad = 0
+    with SampleChecks(task) as checks:
+        for is_second_pass in (False, True):
+            task.wait = is_second_pass
+            for shard, outcome in run_parallel(
+                task,
+                todo,
+                config.workers,
+                on_report=lambda num_bytes: progress.update(num_bytes / 1e6),
+                doing="documents were tokenised",
+            ):
+                made |= {shard} if outcome.is_made else set()
+                if outcome.sample is not None:
+                    checks.add(shard, outcome.sample)
+                num_bad += outcome.bad
+                _check_bad(num_bad, task)
+            if config.shard_index is not None:
+                break
+            todo = [shard for shard in todo if not task.folder.is_finished(shard)]
+            if not todo or task.folder.plan() is None:
+                break
+            get_logger(__name__).info("waiting for %d shards that another process is making", len(todo))
     progress.close()
     return made
+
+
+def _check_bad(num_bad: int, task: EncodeTask) -> None:
+    """Raise InputError where more records are bad than were allowed."""
+    limit = task.max_bad_records
+    if limit is not None and num_bad > limit:
+        raise InputError(
+            f"{num_bad:,} records are bad so far, more than --max-bad-records {limit:,}; they are listed in the "
+            f".skip files of {task.folder.path}"
+        )
 
 
 def _keep_or_remove(work: WorkFolder, *, is_share: bool) -> None:

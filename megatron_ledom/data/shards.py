@@ -3,7 +3,7 @@
     PREFIX.shards/
         plan.json               what is made of which files; another plan is refused
         000007.lock             held by the process that makes shard 7
-        000007.0.bin .len .crc .skip (.sent)     shard 7 of the first key
+        000007.0.bin .len .crc (.skip .sent .pair)     shard 7 of the first key; see `encode.py`
         000007.json             its sizes, hashes and counts; gets its name last: the shard is finished
         *.HOST-PID.*.partial    the final files while they are joined
         fingerprint             of the tokenizer: what the manifests say of it; made while the shards are

@@ -220,6 +220,17 @@ def test_flags_that_cannot_work_are_refused(config: PreprocessConfig, changes: d
         preprocess(dataclasses.replace(config, **changes))
 
 
+def test_json_that_is_read_without_the_extension_says_so(
+    config: PreprocessConfig, log_of: Callable[[str], pytest.LogCaptureFixture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = log_of("megatron_ledom.data.preprocess")
+    run(config)
+    assert "Python's json" not in log.text
+    monkeypatch.setattr("megatron_ledom.data.preprocess.compiled_reader", lambda: None)
+    run(dataclasses.replace(config, overwrite=True))
+    assert "JSONL is read by Python's json, several times slower: megatron_ledom.data._records is not built" in log.text
+
+
 def test_a_tokenizer_that_gigatoken_cannot_do_falls_back_and_says_so(
     config: PreprocessConfig, tmp_path: Path, log_of: Callable[[str], pytest.LogCaptureFixture]
 ) -> None:

@@ -247,3 +247,39 @@ def test_a_document_of_every_shard_is_compared_with_the_tokenizers_own_ids(
     with pytest.raises(TokenizerMismatchError, match=r"gigatoken gave wrong ids: token 2 is .*, tokenizers gives"):
         checks.add(0, outcome.sample._replace(ids=wrong))
     assert not task.folder.is_finished(0)
+
+
+def test_what_was_not_compared_in_time_is_compared_in_the_end(config: PreprocessConfig, tokenizer_folder: Path) -> None:
+    class Busy:
+        """An answer that is there only for those who wait."""
+
+        def __init__(self, ids: np.ndarray) -> None:
+            self.ids = ids
+
+        def __call__(self) -> np.ndarray:
+            return self.ids
+
+        def is_there(self) -> bool:
+            return False
+
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_folder)
+    tokenizer.ask_ahead = lambda name, text: Busy(tokenizer.encode(text))  # type: ignore[method-assign]
+    task = dataclasses.replace(
+        _task(config, WorkFolder(config.output_prefix), load_tokenizer("HuggingFaceTokenizer", tokenizer_folder)),
+        tokenizer=tokenizer,
+    )
+    sample = task(0, lambda num_bytes: None).sample
+    assert sample is not None
+    wrong = sample._replace(ids=sample.ids[:-1])
+    for error in (None, InputError("something else")):
+        assert task(0, lambda num_bytes: None).is_made == (error is not None)  # forgotten in the first round
+        with pytest.raises(TokenizerMismatchError), SampleChecks(task) as checks:
+            checks.add(0, sample)
+            checks.add(0, wrong)
+            assert task.folder.is_finished(0)
+            if error is not None:
+                raise error
+        assert not task.folder.is_finished(0)
+    with pytest.raises(KeyboardInterrupt), SampleChecks(task) as checks:
+        checks.add(0, wrong)
+        raise KeyboardInterrupt
