@@ -47,6 +47,7 @@ from megatron_ledom.train.lifecycle import StopRequest, end_of_run
 from megatron_ledom.train.order_guard import settle_order, written_order
 from megatron_ledom.train.resume import settle_checkpoint
 from megatron_ledom.train.run_directory import record_launch
+from megatron_ledom.train.run_lock import hold_checkpoints
 from megatron_ledom.train.safety import Safety, hang_timeout_s
 from megatron_ledom.train.saves import Saves
 from megatron_ledom.train.shadow import Shadow
@@ -142,6 +143,9 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
     if args.rank == 0:
         if facts.datasets:
             get_logger(__name__).info(report_plan(args, facts.datasets, args.data_order))
+        if args.save:  # a first launch: there was nothing to hold before
+            Path(args.save).mkdir(parents=True, exist_ok=True)
+            hold_checkpoints(Path(args.save))
         record_launch(args, argv, facts.datasets, start)
     save = Path(args.save) if args.save else None
     stop = stop or StopRequest()

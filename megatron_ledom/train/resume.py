@@ -25,6 +25,7 @@ from megatron_ledom.checkpoint.locate import RELEASE, TRACKER, folder_name, read
 from megatron_ledom.engine.rendezvous import Agreement
 from megatron_ledom.errors import CheckpointError, UsageError
 from megatron_ledom.log import get_logger
+from megatron_ledom.train.run_lock import hold_checkpoints
 
 _ABOUT_THE_BEGINNING = {
     "--load": 1, "--ckpt-step": 1, "--finetune": 0, "--no-load-optim": 0, "--no-load-rng": 0,
@@ -54,6 +55,7 @@ def settle_checkpoint(argv: Sequence[str], agreement: Agreement) -> Settled:
 
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
+        OutputExistsError: another launch of this run is under way.
     """
     options = _options(argv)
     if agreement.rank == 0:
@@ -63,6 +65,8 @@ def settle_checkpoint(argv: Sequence[str], agreement: Agreement) -> Settled:
         return Settled(token, list(argv), None)
     own = _own_folder(options)
     if agreement.rank == 0:
+        if own is not None and own.is_dir():
+            hold_checkpoints(own)
         preferred, why = prefer_own(argv)
         if why:
             get_logger(__name__).info("%s", why)
