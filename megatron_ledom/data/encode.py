@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -33,7 +33,7 @@ from megatron_ledom.data.shards import HashedPart, KeyRecord, Part, ShardRecord,
 from megatron_ledom.data.sources import Slice, Source, read_slice, rows_before
 from megatron_ledom.data.tokenizers import Answer, Tokenizer
 from megatron_ledom.data.workers import Report
-from megatron_ledom.direction import Direction, flip, flip_groups, stored_batch, stored_document
+from megatron_ledom.direction import Direction, flip, flip_groups, natural_document, stored_batch, stored_document
 from megatron_ledom.errors import InputError, TokenizerMismatchError
 
 _COMPARED_BYTES = 8192  # the size of the document of each shard that is compared with the reference
@@ -124,6 +124,36 @@ class EncodeTask:
         source = self.sources[part.source]
         return f"{source.path}:{rows_before(source, part) + row}"
 
+    def finished_sample(self, shard: int) -> Sample | None:
+        """Return the first document of a shard that the fast library made in a run that may not have compared any.
+
+        None where that is long, or is not what was written (joining says so), or may be another one.
+        """
+        record, part = self.folder.record(shard), self.shards[shard][0]
+        if record is None or record.backend == self.tokenizer.library or record.keys[0].empty_documents:
+            return None
+        source = self.sources[part.source]
+        if source.format == "text" and self.text_unit == "file" and source.num_bytes > _COMPARED_BYTES:
+            return None  # a batch is the whole file
+        batch = next(read_slice(source, part, self.json_keys, self.text_unit), None)
+        if batch is None or not batch.texts[0] or not 0 < len(batch.texts[0][0]) <= _COMPARED_BYTES:
+            return None
+        length = int(self._first(shard, "len", np.dtype("<i4"), 1).sum())
+        stored = self._first(shard, "bin", self.dtype, min(max(length, 0), record.keys[0].tokens))
+        if self._first(shard, "crc", np.dtype("<u4"), 1).tolist() != [crc32(stored)] or len(stored) != length:
+            return None
+        ids = natural_document(stored, self.direction, self.tokenizer.eod_id if self.append_eod else None)
+        text = batch.texts[0][0].decode("utf-8")
+        if self.pairs is not None:
+            text += separator_places(self.pairs.separator, self.direction)[0]
+            ids = ids[: self._first(shard, "pair", np.dtype("<u4"), 1)[0]]
+        return Sample(part, batch.rows[0], text, ids)
+
+    def _first(self, shard: int, suffix: str, dtype: np.dtype, count: int) -> np.ndarray:
+        """The first numbers of a file of a shard's first key; fewer where the file is missing or short."""
+        path = self.folder.file(shard, 0, suffix)
+        return np.fromfile(path, dtype=dtype, count=count) if path.exists() else np.empty(0, dtype)
+
 
 class SampleChecks:
     """Compares a document of every shard with the reference, which may be another process: nobody waits for it.
@@ -132,11 +162,12 @@ class SampleChecks:
 
     Args:
         task: what makes the shards.
+        finished: shards that earlier runs have made; nobody knows whether these have compared them.
     """
 
-    def __init__(self, task: EncodeTask) -> None:
+    def __init__(self, task: EncodeTask, finished: Iterable[int] = ()) -> None:
         self._task = task
-        self._waiting: deque[tuple[int, Sample]] = deque()
+        self._waiting: deque[tuple[int, Sample | None]] = deque((shard, None) for shard in finished)
         self._asked: tuple[int, Sample, Answer] | None = None
 
     def add(self, shard: int, sample: Sample) -> None:
@@ -160,8 +191,10 @@ class SampleChecks:
     def _go_on(self, *, is_last: bool) -> None:
         while self._asked or self._waiting:
             if self._asked is None:
-                shard, sample = self._waiting.popleft()
-                self._asked = shard, sample, self._task.tokenizer.ask_ahead("encode", sample.text)
+                shard, known = self._waiting.popleft()
+                if (taken := known or self._task.finished_sample(shard)) is None:
+                    continue
+                self._asked = shard, taken, self._task.tokenizer.ask_ahead("encode", taken.text)
             shard, sample, answer = self._asked
             if not is_last and not answer.is_there():
                 return

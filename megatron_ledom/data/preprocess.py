@@ -349,7 +349,7 @@ def _make_shards(config: PreprocessConfig, task: EncodeTask) -> set[int]:
     progress = Progress("tokenise", task.num_bytes * len(todo) / len(task.shards) / 1e6, "MB")
     made: set[int] = set()
     num_bad = 0
-    with SampleChecks(task) as checks:
+    with SampleChecks(task, sorted({*chosen} - {*todo})) as checks:
         for is_second_pass in (False, True):
             task.wait = is_second_pass
             for shard, outcome in run_parallel(

@@ -7,16 +7,22 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_ledom.data.backends import Encoder
+from megatron_ledom.data.encode import SampleChecks
+from megatron_ledom.data.manifest import PairRecord
 from megatron_ledom.data.merge import merge_shards
 from megatron_ledom.data.preprocess import PreprocessConfig, _make_and_join, _task, preprocess
 from megatron_ledom.data.shards import WorkFolder
 from megatron_ledom.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import InputError, OutputExistsError
+from megatron_ledom.errors import InputError, OutputExistsError, TokenizerMismatchError
 from megatron_ledom.testing import REPOSITORY, tool_environment, write_jsonl
 
 TOKENIZER = REPOSITORY / "tests" / "assets" / "tokenizer"
@@ -155,6 +161,63 @@ def test_the_manifest_waits_for_the_fingerprint(config: PreprocessConfig, tokeni
     noted.unlink()
     (manifest,) = preprocess(config, tokenizer)
     assert manifest.tokenizer.fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+@pytest.mark.parametrize("direction", Direction)
+def test_a_shard_that_a_killed_run_did_not_compare_is_compared(
+    kind: str, direction: Direction, config: PreprocessConfig, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    config = dataclasses.replace(config, tokenizer_backend="gigatoken", direction=direction)
+    if kind == "pairs":
+        path = tmp_path / "pairs.jsonl"
+        path.write_text("".join(json.dumps({"q": f"What is {i}?", "a": f"It is {i}."}) + "\n" for i in range(60)))
+        record = PairRecord("q", "a", "\n", "both")
+        config = dataclasses.replace(config, inputs=[path], json_keys=("q", "a"), pairs=record)
+    task = _task(config, WorkFolder(config.output_prefix), tokenizer)
+    assert len(task.shards) > 2 and task(0, no_report).is_made and task(1, no_report).is_made
+    with SampleChecks(task, [0, 1]) as checks:  # right ones
+        assert [len(task.finished_sample(shard).ids) > 2 for shard in (0, 1)] == [True, True]  # type: ignore[union-attr]
+    assert checks._waiting == deque() and task.folder.is_finished(0)
+    right, task.encoder = task.encoder, Wrong(task.encoder)
+    for shard in (0, 1):
+        task.folder.forget(shard)
+    assert task(1, no_report).is_made  # and killed
+    task.encoder = right
+    assert task(0, no_report).is_made
+    with pytest.raises(TokenizerMismatchError, match=r"gigatoken gave wrong ids: token 1 is"):
+        preprocess(config, tokenizer)
+    assert task.folder.is_finished(0) and not task.folder.is_finished(1)
+    (manifest,) = preprocess(config, tokenizer)
+    assert manifest.counts.documents == 60
+
+
+@pytest.mark.parametrize("damage", ["len", "bin", "crc"])
+def test_a_damaged_shard_is_left_to_those_who_join(damage: str, config: PreprocessConfig, tokenizer: Tokenizer) -> None:
+    task = _task(
+        dataclasses.replace(config, tokenizer_backend="gigatoken"), WorkFolder(config.output_prefix), tokenizer
+    )
+    assert task(0, no_report).is_made and task.finished_sample(0) is not None
+    path = task.folder.file(0, 0, damage)
+    content = path.read_bytes()
+    for wrong in (b"", content[:1], bytes([content[0] ^ 1]) + content[1:]):
+        path.write_bytes(wrong)
+        assert task.finished_sample(0) is None
+    path.unlink()
+    assert task.finished_sample(0) is None
+
+
+class Wrong:
+    """An encoder that gives a wrong id."""
+
+    def __init__(self, right: Encoder) -> None:
+        self.name, self._right = right.name, right
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        found = [ids.copy() for ids in self._right.encode_batch(texts)]
+        for ids in found:
+            ids[1] += 1
+        return found
 
 
 def test_a_run_goes_on_with_the_same_files_of_a_tokenizer_alone(config: PreprocessConfig, tmp_path: Path) -> None:
