@@ -11,6 +11,7 @@ from small_run import NARROW
 from megatron_ledom.checkpoint.integrity import verify_checksums
 from megatron_ledom.checkpoint.locate import finished_steps, folder_name, read_tracker
 from megatron_ledom.train.metrics import TRAIN_LOSS, VALIDATION_LOSS, read_scalars
+from megatron_ledom.train.run_lock import LOCK
 
 pytestmark = pytest.mark.distributed
 
@@ -48,7 +49,7 @@ def test_damage_then_a_full_disk_then_the_same_end(
     assert "iteration       12/" in said, "training went on to its end"
     assert "error: the last save failed: " in said
     assert finished_steps(save) == [4] and read_tracker(save) == 4 and verify_checksums(save / folder_name(4))
-    assert not list(save.glob(".*")), "nothing half-written is left"
+    assert [path.name for path in save.glob(".*")] == [LOCK], "nothing half-written is left"
 
     launch("run", 0)
     assert finished_steps(save) == [4, 8, 12] and verify_checksums(save / folder_name(12))
