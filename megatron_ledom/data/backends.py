@@ -74,9 +74,8 @@ class ReferenceEncoder:
 
     @cached_property
     def _thread(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(
-            1
-        )  # it ends with this object; one for all batches, as the library keeps words by thread
+        # It ends with this object. One for all batches: the library keeps words by thread, and memory stays flat.
+        return ThreadPoolExecutor(1)
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Return the ids of each text; int32."""

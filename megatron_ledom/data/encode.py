@@ -22,7 +22,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from megatron_ledom.data.backends import Encoder, ReferenceEncoder
+from megatron_ledom.data.backends import FAST, Encoder, ReferenceEncoder
 from megatron_ledom.data.compression import crc32
 from megatron_ledom.data.files import write_refusal
 from megatron_ledom.data.manifest import PairRecord
@@ -127,10 +127,13 @@ class EncodeTask:
     def finished_sample(self, shard: int) -> Sample | None:
         """Return the first document of a shard that the fast library made in a run that may not have compared any.
 
-        None where that is long, or is not what was written (joining says so), or may be another one.
+        None where that is long, or is not what was written (joining says so), or may be another one, since some became
+        no document.
         """
         record, part = self.folder.record(shard), self.shards[shard][0]
-        if record is None or record.backend == self.tokenizer.library or record.keys[0].empty_documents:
+        if record is None or record.backend != FAST:
+            return None
+        if record.keys[0].empty_documents or (self.pairs is not None and record.bad):
             return None
         source = self.sources[part.source]
         if source.format == "text" and self.text_unit == "file" and source.num_bytes > _COMPARED_BYTES:
@@ -210,7 +213,7 @@ class SampleChecks:
         unequal = np.flatnonzero(sample.ids[:shorter] != right[:shorter])
         at = int(unequal[0]) if len(unequal) else shorter
         raise TokenizerMismatchError(
-            f"{task.place(sample.part, sample.row)}: {task.encoder.name} gave wrong ids: token {at} is "
+            f"{task.place(sample.part, sample.row)}: {FAST} gave wrong ids: token {at} is "
             f"{sample.ids[at : at + 3].tolist()}, {task.tokenizer.library} gives {right[at : at + 3].tolist()}. Remove "
             f"{task.folder.path} and use --tokenizer-backend {task.tokenizer.library}"
         )

@@ -182,6 +182,7 @@ class _HuggingFace(Tokenizer):
         return fingerprint_of({"tokenizer": content, "eod_id": self.eod_id, "split_special": split_special})
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of each text; a long one is cut where that is exact, for the memory it takes."""
         import numpy as np
 
         def arrays(texts: Sequence[str]) -> list[np.ndarray]:
@@ -201,6 +202,7 @@ class _HuggingFace(Tokenizer):
         return self._backend.decode([int(i) for i in ids_nat], skip_special_tokens=False)
 
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and the characters at which they start; of a long text piece by piece."""
         import numpy as np
 
         ids, starts, before = [], [], 0
@@ -245,6 +247,7 @@ class _SentencePiece(Tokenizer):
         return self._processor.decode([int(i) for i in ids_nat])
 
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and the characters at which they start; the library's offsets are bytes."""
         import numpy as np
 
         pieces = self._processor.encode(text, return_type="proto").pieces

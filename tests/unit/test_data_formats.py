@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import pickle
+import threading
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +21,7 @@ import torch
 import zstandard
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
+from megatron_ledom.data.backends import ReferenceEncoder
 from megatron_ledom.data.check import check_dataset
 from megatron_ledom.data.documents import read_document
 from megatron_ledom.data.manifest import load_manifest
@@ -218,6 +222,19 @@ def test_more_bad_records_than_allowed_stop_the_run(config: PreprocessConfig, tm
 def test_flags_that_cannot_work_are_refused(config: PreprocessConfig, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         preprocess(dataclasses.replace(config, **changes))
+
+
+def test_the_reference_works_in_a_thread_that_ends_with_it(config: PreprocessConfig) -> None:
+    tokenizer, before = tokenizer_of(config), threading.active_count()
+    encoder = ReferenceEncoder(tokenizer)
+    assert [ids.tolist() for ids in encoder.encode_batch([b"a text"])] == tokenizer.encode_short(["a text"])
+    assert threading.active_count() == before + 1
+    assert pickle.loads(pickle.dumps(encoder)).name == tokenizer.library
+    del encoder
+    deadline = time.monotonic() + 60
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline, "the thread lives on, and this process cannot be forked"
+        time.sleep(0.01)
 
 
 def test_json_that_is_read_without_the_extension_says_so(

@@ -192,6 +192,24 @@ def test_a_shard_that_a_killed_run_did_not_compare_is_compared(
     assert manifest.counts.documents == 60
 
 
+def test_a_first_pair_that_was_left_out_is_not_taken_for_the_first_document(
+    config: PreprocessConfig, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    path, record = tmp_path / "pairs.jsonl", PairRecord("q", "a", "\n", "both")
+    questions = ["What is " + "very " * 40 + "long?", *(f"What is {i}?" for i in range(60))]
+    path.write_text("".join(json.dumps({"q": question, "a": "It is."}) + "\n" for question in questions))
+    config = dataclasses.replace(
+        config, inputs=[path], json_keys=("q", "a"), pairs=record, max_tokens=32, on_bad_record="skip"
+    )
+    config = dataclasses.replace(config, tokenizer_backend="gigatoken")
+    task = _task(config, WorkFolder(config.output_prefix), tokenizer)
+    for shard in (0, 1):  # and killed
+        assert task(shard, no_report).is_made
+    assert task.finished_sample(0) is None and task.finished_sample(1) is not None
+    (manifest,) = preprocess(config, tokenizer)
+    assert (manifest.counts.documents, manifest.counts.bad_records) == (60, 1)
+
+
 @pytest.mark.parametrize("damage", ["len", "bin", "crc"])
 def test_a_damaged_shard_is_left_to_those_who_join(damage: str, config: PreprocessConfig, tokenizer: Tokenizer) -> None:
     task = _task(
@@ -239,7 +257,6 @@ TWO_JOINERS = """
 import dataclasses, errno, fcntl, os, shutil, sys
 from pathlib import Path
 from megatron_ledom.data.manifest import load_manifest, manifest_path, save_manifest
-from megatron_ledom.data.merge import merge_shards
 from megatron_ledom.data.merge import merge_shards
 from megatron_ledom.data.preprocess import PreprocessConfig, preprocess
 from megatron_ledom.testing import watch_file_system
